@@ -1,0 +1,76 @@
+"""Atomic files: what is written is whole or not there (temporary file, flush, rename)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from autoseg.errors import AutosegError, StorageError
+
+PARTIAL = ".partial"  # marks a file that is being written; never read, removed by the next writer
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it fails.
+
+    The temporary name keeps the endings of `path` (`CASE.nii.gz`), because image writers choose the format by it.
+    Raises StorageError where the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}{PARTIAL}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The sentence for an operating-system error met while writing `path`."""
+    if error.errno == errno.ENOSPC:
+        return StorageError(f"{path}: the disk is full; free some space or choose another --workspace.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageError(f"{path}: no permission to write here; choose another --workspace or output folder.")
+    return StorageError(f"{path}: cannot be written ({error.strerror or error}).")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically (UTF-8)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` to `path` as indented JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, error: Callable[[str], AutosegError], what: str) -> Any:
+    """The content of a JSON file; `error` (a class of AutosegError) is raised, naming `what` and the position.
+
+    >>> read_json(Path("plan.json"), error=PlanError, what="plan")
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as missing:
+        raise error(f"{path}: there is no such {what}.") from missing
+    except json.JSONDecodeError as broken:
+        raise error(
+            f"{path}: the {what} is not valid JSON (line {broken.lineno}, column {broken.colno}: {broken.msg})."
+        ) from broken
+    except UnicodeDecodeError as broken:
+        raise error(f"{path}: the {what} is not a text file.") from broken
+    except OSError as unreadable:
+        raise error(f"{path}: the {what} cannot be read ({unreadable.strerror}).") from unreadable

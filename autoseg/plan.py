@@ -1,0 +1,358 @@
+"""The plan: what the planner decided and why. Frozen dataclasses <-> `plan.json`, versioned, unknown keys refused.
+
+A plan may be edited by hand: `Plan.load` checks every value before anything is built from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from autoseg.errors import PlanError, unknown_choice
+from autoseg.files import read_json, write_json
+from autoseg.labels import Labels
+
+PLAN_VERSION = 1
+
+Vector = tuple[float, float, float]
+Shape = tuple[int, int, int]
+
+KINDS = ("fixed", "rule", "empirical")
+TOPOLOGIES = ("2d", "3d")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One derived value and the sentence that explains it."""
+
+    name: str
+    """What was decided, as a path: "3d_fullres.patch_size"."""
+    value: Any
+    """The value, as JSON holds it."""
+    kind: str
+    """`fixed` (never changes), `rule` (from fingerprint and budget) or `empirical` (from experiments)."""
+    because: str
+    """One sentence with the numbers in it."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How one channel's intensities are normalised; see `autoseg.preprocessing.normalize`."""
+
+    scheme: str
+    """Key of NORMALIZERS: ct, zscore, masked_zscore, none, rescale, rgb; a "n4+" before it corrects the bias field first."""
+    mean: float = 0.0
+    """Mean of the dataset's foreground intensities (used by ct)."""
+    std: float = 1.0
+    """Standard deviation of the dataset's foreground intensities (used by ct)."""
+    lower: float = 0.0
+    """0.5th percentile of the dataset's foreground intensities (used by ct)."""
+    upper: float = 1.0
+    """99.5th percentile of the dataset's foreground intensities (used by ct)."""
+
+
+@dataclass(frozen=True)
+class PreprocessingSettings:
+    """Raw case -> array the network sees. Equal settings share one store."""
+
+    spacing: tuple[float | None, float, float]
+    """Target (z, y, x) spacing in mm after `axis_order`; z is None where slices are left as they are (2D)."""
+    axis_order: Shape
+    """Which canonical axis comes first, second, third: puts the coarsest axis first."""
+    normalization: tuple[Normalization, ...]
+    """One for each channel."""
+    crop_to_nonzero: bool = True
+    """Whether the border in which every channel is zero is cut away."""
+    image_order: int = 3
+    """Spline order for images."""
+
+    @property
+    def store_id(self) -> str:
+        """Name of the store folder: a hash of these settings."""
+        text = json.dumps(to_json(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything `autoseg.networks` needs to build the network."""
+
+    input_channels: int
+    """Image channels, plus one for each foreground class of the previous stage in a cascade."""
+    output_channels: int
+    """Channels of the logits (`Labels.output_channels`)."""
+    features: tuple[int, ...]
+    """Feature maps of each stage, from full resolution to the bottleneck."""
+    strides: tuple[Shape, ...]
+    """Downsampling (z, y, x) on entering each stage; the first is (1, 1, 1)."""
+    kernels: tuple[Shape, ...]
+    """Convolution kernel (z, y, x) of each stage; all of them 1 along z in a 2D network."""
+    encoder_convs: tuple[int, ...]
+    """Convolutions of each encoder stage."""
+    decoder_convs: tuple[int, ...]
+    """Convolutions of each decoder stage, from the one below the bottleneck... to full resolution (one fewer than stages)."""
+    block: str = "plain"
+    """Key of `networks.blocks.BLOCKS`."""
+    deep_supervision: bool = True
+    """Whether training also scores the coarser decoder stages."""
+
+    @property
+    def divisor(self) -> Shape:
+        """What a patch must be divisible by along (z, y, x)."""
+        product = [1, 1, 1]
+        for stride in self.strides:
+            product = [p * s for p, s in zip(product, stride, strict=True)]
+        return (product[0], product[1], product[2])
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What the planner decided about training this configuration; the rest is fixed in `training/settings.py`."""
+
+    recipe: str = "adamw"
+    """Key of `training.settings.RECIPES`."""
+    steps: int = 0
+    """Optimiser steps that the budget is forecast to allow; 0: not forecast."""
+    seconds: float = 0.0
+    """Time budget of one fold in seconds; 0: none, train for `steps`."""
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    """Array axes (z, y, x) along which mirroring changes no label; for augmentation and for prediction."""
+    low_resolution_axes: tuple[int, ...] = (0, 1, 2)
+    """Axes along which augmentation may simulate a lower resolution (not along thick slices)."""
+    rotate_out_of_plane: bool = True
+    """Whether augmentation may rotate around in-plane axes (not with thick slices)."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to train: a grid, a patch, a network."""
+
+    name: str
+    """2d, 3d_fullres, 3d_lowres, 3d_cascade; free for edited plans."""
+    topology: str
+    """2d: patches with z = 1; 3d."""
+    preprocessing: PreprocessingSettings
+    median_shape: Shape
+    """Median (z, y, x) shape of the training cases on the configuration's grid."""
+    patch_size: Shape
+    """(z, y, x) voxels of a training patch; z = 1 for 2D."""
+    batch_size: int
+    architecture: Architecture
+    training: TrainingSettings
+    previous_stage: str | None = None
+    """The configuration whose predicted labels are further input channels (cascade)."""
+    sr_scale: Vector = (1.0, 1.0, 1.0)
+    """Input spacing / output spacing along (z, y, x)."""
+    context_slices: int = 1
+    """Neighbouring slices that enter as channels (2.5D)."""
+    view_axis: int = 0
+    """Axis along which slices are taken (2D, 2.5D)."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a configuration will cost on this machine."""
+
+    memory_bytes: int
+    """Peak device memory of a training step, measured on fake tensors."""
+    disk_bytes: int
+    """Size of the preprocessed store."""
+    step_flops: int
+    """Floating-point operations of one training step (forward and backward)."""
+    seconds_per_step: float
+    """From a few real steps on this machine, scaled by counted operations; 0 where not measured."""
+    fold_seconds: float
+    """Time of one fold."""
+    parameters: int
+    """Trainable parameters."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the planner was given."""
+
+    gpu_memory_bytes: int
+    """Memory that a training step may take."""
+    fold_seconds: float
+    """Training time of one fold."""
+    device: str = "cpu"
+    """The device that the forecast was measured on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of the planner to one dataset and one budget."""
+
+    dataset: str
+    """Name of the dataset."""
+    channels: tuple[str, ...]
+    labels: Labels
+    file_ending: str
+    budget: Budget
+    configurations: tuple[Configuration, ...]
+    forecasts: dict[str, Forecast]
+    """By configuration name."""
+    decisions: tuple[Decision, ...]
+    fingerprint: str
+    """Hash of the fingerprint that the plan was made from."""
+    version: int = PLAN_VERSION
+
+    def configuration(self, name: str) -> Configuration:
+        """The configuration of that name. Raises PlanError listing the planned ones."""
+        for configuration in self.configurations:
+            if configuration.name == name:
+                return configuration
+        raise PlanError(unknown_choice("Configuration", name, [c.name for c in self.configurations]))
+
+    @property
+    def id(self) -> str:
+        """Hash of everything that a model depends on; forecasts and reasons are left out."""
+        content = to_json(self)
+        for key in ("forecasts", "decisions", "budget"):
+            del content[key]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write `plan.json`, atomically."""
+        write_json(path, to_json(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read and check `plan.json`. Raises PlanError naming the file and the value at fault."""
+        return cls.from_json(read_json(path, error=PlanError, what="plan"), where=str(path))
+
+    @classmethod
+    def from_json(cls, content: Any, *, where: str) -> Plan:
+        """A checked plan from JSON content; `where` (a file) begins the sentence of an error."""
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != PLAN_VERSION:
+            raise PlanError(
+                f"{where}: plan version {version} cannot be read, this autoseg reads version {PLAN_VERSION}; "
+                "plan again with `autoseg plan-and-preprocess`."
+            )
+        plan = from_json(cls, content, where=where)
+        check_plan(plan, where=where)
+        return plan
+
+
+def check_plan(plan: Plan, *, where: str) -> None:
+    """Refuse what cannot be built or trained. Raises PlanError naming the configuration and the value."""
+    for configuration in plan.configurations:
+        problem = _problem(configuration, plan)
+        if problem:
+            raise PlanError(f"{where}: configuration {configuration.name}: {problem}.")
+
+
+def _problem(c: Configuration, plan: Plan) -> str | None:
+    a = c.architecture
+    stages = len(a.features)
+    if c.topology not in TOPOLOGIES:
+        return unknown_choice("topology", c.topology, TOPOLOGIES).rstrip(".")
+    if stages < 1 or any(len(v) != stages for v in (a.strides, a.kernels, a.encoder_convs)):
+        return (
+            f"features, strides, kernels and encoder_convs must have one entry a stage, "
+            f"got {stages}, {len(a.strides)}, {len(a.kernels)} and {len(a.encoder_convs)}"
+        )
+    if len(a.decoder_convs) != stages - 1:
+        return f"decoder_convs must have {stages - 1} entries, one fewer than stages, got {len(a.decoder_convs)}"
+    if min(a.features) < 1 or min(a.encoder_convs) < 1 or min(a.decoder_convs, default=1) < 1:
+        return "features, encoder_convs and decoder_convs must be at least 1"
+    if a.strides[0] != (1, 1, 1) or any(s < 1 for stride in a.strides for s in stride):
+        return f"strides must be at least 1 and begin with [1, 1, 1], got {list(a.strides)}"
+    if any(k < 1 or k % 2 == 0 for kernel in a.kernels for k in kernel):
+        return f"kernels must be odd, got {list(a.kernels)}"
+    if min(c.patch_size) < 1 or any(p % d for p, d in zip(c.patch_size, a.divisor, strict=True)):
+        return f"patch_size {list(c.patch_size)} must be divisible by {list(a.divisor)}, the product of the strides"
+    if c.topology == "2d" and (c.patch_size[0] != 1 or any(kernel[0] != 1 for kernel in a.kernels)):
+        return f"a 2d configuration needs patch_size and kernels of 1 along z, got patch {list(c.patch_size)}"
+    if c.batch_size < 1:
+        return f"batch_size must be at least 1, got {c.batch_size}"
+    if len(c.preprocessing.normalization) != len(plan.channels):
+        return f"normalization needs one entry for each of the {len(plan.channels)} channels"
+    if sorted(c.preprocessing.axis_order) != [0, 1, 2]:
+        return f"axis_order must be a permutation of [0, 1, 2], got {list(c.preprocessing.axis_order)}"
+    if any(s is not None and not s > 0 for s in c.preprocessing.spacing):
+        return f"spacing must be positive, got {list(c.preprocessing.spacing)}"
+    if a.output_channels != plan.labels.output_channels:
+        return f"output_channels must be {plan.labels.output_channels} for these labels, got {a.output_channels}"
+    expected = len(plan.channels) + (len(plan.labels.names) if c.previous_stage else 0)
+    if a.input_channels != expected:
+        return f"input_channels must be {expected}, got {a.input_channels}"
+    if c.previous_stage and c.previous_stage not in [other.name for other in plan.configurations]:
+        return f"previous_stage '{c.previous_stage}' is not a configuration of this plan"
+    if not set(c.training.mirror_axes) <= {0, 1, 2}:
+        return f"mirror_axes must be among 0, 1, 2, got {list(c.training.mirror_axes)}"
+    return None
+
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, tuples and dicts as plain JSON content."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(entry) for entry in value]
+    return value
+
+
+def from_json(kind: type[T], content: Any, *, where: str) -> T:
+    """JSON content as the dataclass `kind`; every type is checked. Raises PlanError naming the key."""
+    return typing.cast(T, _read(kind, content, where))
+
+
+def _read(kind: Any, content: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return content
+    if origin in (typing.Union, types.UnionType):
+        if content is None and type(None) in arguments:
+            return None
+        return _read(next(a for a in arguments if a is not type(None)), content, where)
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, content, where)
+    if origin is tuple:
+        if not isinstance(content, list):
+            raise PlanError(f"{where} must be a list, got {content!r}.")
+        if len(arguments) == 2 and arguments[1] is ...:
+            return tuple(_read(arguments[0], entry, f"{where}[{i}]") for i, entry in enumerate(content))
+        if len(content) != len(arguments):
+            raise PlanError(f"{where} must have {len(arguments)} entries, got {content!r}.")
+        pairs = zip(arguments, content, strict=True)
+        return tuple(_read(a, entry, f"{where}[{i}]") for i, (a, entry) in enumerate(pairs))
+    if origin is dict:
+        if not isinstance(content, dict):
+            raise PlanError(f"{where} must be an object, got {content!r}.")
+        return {key: _read(arguments[1], entry, f"{where}.{key}") for key, entry in content.items()}
+    if kind is float and isinstance(content, int) and not isinstance(content, bool):
+        return float(content)
+    if not isinstance(content, kind) or (kind is int and isinstance(content, bool)):
+        raise PlanError(f"{where} must be of type {kind.__name__}, got {content!r}.")
+    return content
+
+
+def _read_dataclass(kind: Any, content: Any, where: str) -> Any:
+    if not isinstance(content, dict):
+        raise PlanError(f"{where} must be an object, got {content!r}.")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in content:
+        if key not in fields:
+            raise PlanError(f"{where}: {unknown_choice('key', key, fields)}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise PlanError(f"{where}: key '{missing[0]}' is missing.")
+    return kind(**{key: _read(hints[key], entry, f"{where}: {key}") for key, entry in content.items()})

@@ -1,0 +1,55 @@
+"""Where the artefacts of a dataset are: every path under the workspace is made here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoseg.plan import PreprocessingSettings
+
+DEFAULT_WORKSPACE = "autoseg_workspace"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`<workspace>/<dataset name>/`: the artefacts of one dataset."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, dataset: Path, workspace: Path | None = None) -> Workspace:
+        """The workspace of a dataset folder; by default `autoseg_workspace/` beside the dataset."""
+        dataset = Path(dataset).resolve()
+        parent = Path(workspace).resolve() if workspace else dataset.parent / DEFAULT_WORKSPACE
+        return cls(parent / dataset.name)
+
+    @property
+    def fingerprint(self) -> Path:
+        """`fingerprint.json`."""
+        return self.root / "fingerprint.json"
+
+    @property
+    def plan(self) -> Path:
+        """`plan.json`."""
+        return self.root / "plan.json"
+
+    @property
+    def folds(self) -> Path:
+        """`folds.json`: for each fold the training and validation cases (the form of nnU-Net's splits_final.json)."""
+        return self.root / "folds.json"
+
+    def store(self, settings: PreprocessingSettings) -> Path:
+        """`preprocessed/<store id>/`."""
+        return self.root / "preprocessed" / settings.store_id
+
+    def fold(self, configuration: str, fold: str) -> Path:
+        """`models/<configuration>/fold_K/`; K is a number or `all`."""
+        return self.root / "models" / configuration / f"fold_{fold}"
+
+
+# files in a fold's folder
+CHECKPOINT = "checkpoint.safetensors"  # the weights to predict with
+RESUME = "resume.safetensors"  # where the training stands
+HISTORY = "history.csv"
+CURVE = "curve.png"
+VALIDATION = "validation"  # held-out predictions, scores, pictures

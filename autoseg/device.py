@@ -1,0 +1,44 @@
+"""Where and in which precision networks run: device names, bf16 support, thread counts."""
+
+from __future__ import annotations
+
+import torch
+
+from autoseg.errors import PlanError, unknown_choice
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises PlanError where it is not there."""
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise PlanError(unknown_choice("Device", name, ("auto", "cpu", "cuda", "cuda:0", "mps")))
+    if kind == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if kind == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= found:
+            raise PlanError(f"Device {name} is not there: torch sees {found} CUDA devices; use --device cpu or auto.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise PlanError("Device mps is not there: torch sees no Apple GPU; use --device cpu or auto.")
+    return torch.device(name)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the processor computes in it, else None (float32)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_has_bf16() else None
+    return None
+
+
+def _cpu_has_bf16() -> bool:
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch offers no public name for it
+    return bool(probe and probe())
+
+
+def limit_threads(count: int) -> None:
+    """Let torch compute with `count` threads in this process."""
+    torch.set_num_threads(max(1, count))

@@ -1,0 +1,106 @@
+"""Building blocks of the U-Net: a convolution stage for each value of `Architecture.block`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from autoseg.errors import PlanError, unknown_choice
+from autoseg.plan import Shape
+
+LEAKY_SLOPE = 0.01  # nnU-Net's
+CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORMS: dict[int, type[nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution (same padding), instance normalisation, leaky ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, *, kernel: Shape, stride: Shape, dimensions: int) -> None:
+        k, s = kernel[-dimensions:], stride[-dimensions:]
+        super().__init__(
+            CONVOLUTIONS[dimensions](inputs, outputs, k, s, padding=tuple(size // 2 for size in k)),
+            NORMS[dimensions](outputs, eps=1e-5, affine=True),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+        )
+
+
+class PlainStage(nn.Sequential):
+    """`convs` times ConvNormAct; the first one carries the stride."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int
+    ) -> None:
+        one = (1, 1, 1)
+        super().__init__(
+            *(
+                ConvNormAct(
+                    inputs if i == 0 else outputs,
+                    outputs,
+                    kernel=kernel,
+                    stride=stride if i == 0 else one,
+                    dimensions=dimensions,
+                )
+                for i in range(convs)
+            )
+        )
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a skip (He et al. 2016); the skip is average-pooled and projected where shapes differ."""
+
+    def __init__(self, inputs: int, outputs: int, *, kernel: Shape, stride: Shape, dimensions: int) -> None:
+        super().__init__()
+        k, s = kernel[-dimensions:], stride[-dimensions:]
+        conv = CONVOLUTIONS[dimensions]
+        self.first = ConvNormAct(inputs, outputs, kernel=kernel, stride=stride, dimensions=dimensions)
+        self.second = nn.Sequential(
+            conv(outputs, outputs, k, 1, padding=tuple(size // 2 for size in k)),
+            NORMS[dimensions](outputs, eps=1e-5, affine=True),
+        )
+        pool = nn.AvgPool2d if dimensions == 2 else nn.AvgPool3d
+        shortcut: list[nn.Module] = [pool(s, s)] if max(s) > 1 else []
+        if inputs != outputs:
+            shortcut += [conv(inputs, outputs, 1, bias=False), NORMS[dimensions](outputs, eps=1e-5, affine=True)]
+        self.shortcut = nn.Sequential(*shortcut)
+        self.act = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, ...) -> (B, outputs, .../stride)."""
+        out: Tensor = self.act(self.second(self.first(x)) + self.shortcut(x))
+        return out
+
+
+class ResidualStage(nn.Sequential):
+    """`convs` residual blocks; the first one carries the stride."""
+
+    def __init__(
+        self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int
+    ) -> None:
+        one = (1, 1, 1)
+        super().__init__(
+            *(
+                ResidualBlock(
+                    inputs if i == 0 else outputs,
+                    outputs,
+                    kernel=kernel,
+                    stride=stride if i == 0 else one,
+                    dimensions=dimensions,
+                )
+                for i in range(convs)
+            )
+        )
+
+
+BLOCKS: dict[str, Callable[..., nn.Module]] = {"plain": PlainStage, "residual": ResidualStage}
+
+
+def build_stage(
+    block: str, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int
+) -> nn.Module:
+    """The stage named `block`. Raises PlanError listing the known ones."""
+    if block not in BLOCKS:
+        raise PlanError(unknown_choice("Block", block, BLOCKS))
+    return BLOCKS[block](inputs, outputs, convs=convs, kernel=kernel, stride=stride, dimensions=dimensions)

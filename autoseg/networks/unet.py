@@ -1,0 +1,100 @@
+"""An `Architecture` -> a U-Net (Ronneberger et al. 2015, Isensee et al. 2021) with deep supervision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from autoseg.networks.blocks import CONVOLUTIONS, LEAKY_SLOPE, TRANSPOSED, build_stage
+from autoseg.plan import Architecture
+
+
+class UNet(nn.Module):
+    """Encoder, decoder with skip connections, 1x1 convolutions as heads of the scored decoder stages.
+
+    A network whose kernels and strides are all 1 along z is built from 2D layers; it takes the slices of a volume
+    as a batch, so input and output are (B, C, Z, Y, X) for every topology.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        flat = all(v[0] == 1 for v in (*a.kernels, *a.strides))
+        self.dimensions = 2 if flat else 3
+        self.divisor = a.divisor
+        self.deep_supervision = a.deep_supervision
+        widths = [a.input_channels, *a.features]
+        self.encoder = nn.ModuleList(
+            build_stage(
+                a.block,
+                widths[i],
+                widths[i + 1],
+                convs=a.encoder_convs[i],
+                kernel=a.kernels[i],
+                stride=a.strides[i],
+                dimensions=self.dimensions,
+            )
+            for i in range(len(a.features))
+        )
+        self.up, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        # decoder stages with a head, from the finest; the coarsest one is not scored (nnU-Net weights it with zero)
+        scored = max(1, len(a.features) - 2) if a.deep_supervision else 1
+        for depth, i in enumerate(reversed(range(len(a.features) - 1))):
+            stride = a.strides[i + 1][-self.dimensions :]
+            self.up.append(TRANSPOSED[self.dimensions](a.features[i + 1], a.features[i], stride, stride))
+            self.decoder.append(
+                build_stage(
+                    a.block,
+                    2 * a.features[i],
+                    a.features[i],
+                    convs=a.decoder_convs[depth],
+                    kernel=a.kernels[i],
+                    stride=(1, 1, 1),
+                    dimensions=self.dimensions,
+                )
+            )
+            if i < scored:
+                self.heads.append(CONVOLUTIONS[self.dimensions](a.features[i], a.output_channels, 1))
+        if not self.decoder:  # one stage: no pooling at all
+            self.heads.append(CONVOLUTIONS[self.dimensions](a.features[0], a.output_channels, 1))
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (B, C, Z, Y, X), divisible by `divisor` -> logits (B, K, Z, Y, X), finest first.
+
+        In training mode with deep supervision one tensor for each scored decoder stage; otherwise only the finest.
+        """
+        batch, _, slices = x.shape[:3]
+        if self.dimensions == 2:
+            x = x.transpose(1, 2).flatten(0, 1)
+        skips = []
+        for stage in self.encoder:
+            x = stage(x)
+            skips.append(x)
+        skips.pop()
+        logits = []
+        every = self.training and self.deep_supervision
+        first_head = len(self.decoder) - len(self.heads)
+        for i, (up, stage) in enumerate(zip(self.up, self.decoder, strict=True)):
+            x = stage(torch.cat((up(x), skips.pop()), dim=1))
+            if i >= first_head and (every or i == len(self.decoder) - 1):
+                logits.append(self.heads[i - first_head](x))
+        if not self.decoder:
+            logits.append(self.heads[0](x))
+        logits.reverse()
+        if self.dimensions == 2:
+            logits = [y.unflatten(0, (batch, slices)).transpose(1, 2) for y in logits]
+        return logits
+
+
+def _initialise(module: nn.Module) -> None:
+    """He initialisation for the leaky ReLU, as nnU-Net has it."""
+    if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        nn.init.kaiming_normal_(module.weight, a=LEAKY_SLOPE)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def build_network(architecture: Architecture) -> UNet:
+    """The network that an architecture describes, in training mode, on the CPU (or the active default device)."""
+    return UNet(architecture)

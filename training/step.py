@@ -1,0 +1,88 @@
+"""One optimiser step: what the planner measures is exactly what the loop runs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoseg.labels import Labels
+from autoseg.networks import UNet, build_network
+from autoseg.plan import Architecture
+from autoseg.training.losses import build_loss
+from autoseg.training.settings import EMA_WIDTH, Recipe
+
+
+@dataclass
+class TrainingState:
+    """The parts of a training that change with each step."""
+
+    network: UNet
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    ema: UNet | None
+    """Averaged weights, or None."""
+    step: int = 0
+    """Steps taken."""
+
+    @property
+    def predictor(self) -> UNet:
+        """The network to predict with: averaged weights where there are any."""
+        return self.ema if self.ema is not None else self.network
+
+
+def build_training(
+    architecture: Architecture, labels: Labels, recipe: Recipe, device: torch.device | str = "cpu"
+) -> TrainingState:
+    """Network, loss, optimiser and averaged weights, ready for the first step."""
+    network = build_network(architecture).to(device)
+    ema = copy.deepcopy(network).eval().requires_grad_(False) if recipe.ema else None
+    return TrainingState(network, build_loss(labels).to(device), build_optimizer(network, recipe), recipe, ema)
+
+
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser; norms and biases are not decayed under AdamW."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            network.parameters(),
+            recipe.learning_rate,
+            momentum=recipe.momentum,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
+        )
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
+
+
+def training_step(state: TrainingState, image: Tensor, label: Tensor, *, precision: torch.dtype | None) -> Tensor:
+    """Forward, backward, clip, update, average.
+
+    Image (B, C, Z, Y, X) float32, label (B, 1, Z, Y, X) integer, both on the network's device; `precision` is the
+    autocast dtype or None for float32. Returns the loss (scalar, detached).
+    """
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(image.device.type, dtype=precision, enabled=precision is not None):
+        logits = state.network(image)
+    loss: Tensor = state.loss(logits, label)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(state.network.parameters(), state.recipe.clip_norm)
+    state.optimizer.step()
+    state.step += 1
+    if state.ema is not None:
+        update_average(state.ema, state.network, step=state.step)
+    return loss.detach()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, *, step: int) -> None:
+    """Move `average` towards `network`; the window is a fixed share of the steps so far, so it suits any budget.
+
+    The idea of power-function averages (Karras et al. 2024, arXiv:2312.02696), here with weight 1 / (width * step).
+    """
+    weight = min(1.0, 1.0 / (EMA_WIDTH * step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)

@@ -5,7 +5,8 @@ AutosegError
 ├── PlanError         a plan, a fold file or an option does not fit
 ├── CheckpointError   a model file is missing, damaged or of another version
 ├── PredictionError   a case could not be predicted or evaluated
-└── StorageError      the workspace or an output folder cannot be read or written
+├── StorageError      the workspace or an output folder cannot be read or written
+└── WorkerError       a worker process died or ran out of memory
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class PredictionError(AutosegError):
 
 class StorageError(AutosegError):
     """The workspace or an output folder cannot be read or written (permissions, full disk, damaged store)."""
+
+
+class WorkerError(AutosegError):
+    """A worker process died, ran out of memory or could not be started; names its case, the cause and its memory."""
 
 
 def unknown_choice(what: str, given: object, valid: Iterable[str]) -> str:

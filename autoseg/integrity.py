@@ -1,0 +1,207 @@
+"""An image file -> nothing, or the sentence that refuses it: is every byte there that its header promises?
+
+SimpleITK reads a truncated `.nii`, `.nii.gz` or `.bmp`, and a damaged compressed `.mha` or `.nrrd`, without complaint.
+Each check reads the file once, in small pieces; compressed streams are verified to their checksum.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from autoseg.errors import DatasetError
+
+CHUNK_BYTES = 1 << 16  # compressed bytes at a time; zeros unpack to a thousand times as much
+GZIP_MAGIC = b"\x1f\x8b"
+NIFTI1_HEADER_BYTES, NIFTI2_HEADER_BYTES = 348, 540
+HEADER_LIMIT_BYTES = 1 << 20  # text headers (MetaImage, NRRD) are far shorter
+
+META_TYPE_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "LONG": 4}
+META_TYPE_BYTES |= {"ULONG": 4, "DOUBLE": 8, "LONG_LONG": 8, "ULONG_LONG": 8}
+NRRD_TYPE_BYTES = {
+    1: "signed char|int8|int8_t|uchar|unsigned char|uint8|uint8_t",
+    2: "short|short int|signed short|signed short int|int16|int16_t|ushort|unsigned short|unsigned short int|uint16|"
+    "uint16_t",
+    4: "int|signed int|int32|int32_t|uint|unsigned int|uint32|uint32_t|float",
+    8: "longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|ulonglong|"
+    "unsigned long long|unsigned long long int|uint64|uint64_t|double",
+}
+
+
+def check_nifti(path: Path) -> None:
+    """Refuse a NIfTI file, compressed or not, whose header or voxels are not all there. Raises DatasetError."""
+    with open(path, "rb") as file:
+        compressed = file.read(2) == GZIP_MAGIC
+    if not compressed:
+        with open(path, "rb") as file:
+            header = file.read(NIFTI1_HEADER_BYTES)
+        _check_nifti_header(path, header, path.stat().st_size)
+        return
+    header, size = b"", 0
+    for piece in _unpacked(path, 0, zlib.MAX_WBITS | 16):
+        if len(header) < NIFTI1_HEADER_BYTES:
+            header += piece[:NIFTI1_HEADER_BYTES]
+        size += len(piece)
+    _check_nifti_header(path, header[:NIFTI1_HEADER_BYTES], size)
+
+
+def _check_nifti_header(path: Path, header: bytes, size: int) -> None:
+    if len(header) < NIFTI1_HEADER_BYTES:
+        raise DatasetError(
+            f"{path}: not a NIfTI image, or cut off in its header: {len(header)} bytes, expected at least "
+            f"{NIFTI1_HEADER_BYTES}; copy the file again."
+        )
+    order = next((o for o in "<>" if struct.unpack_from(o + "i", header)[0] == NIFTI1_HEADER_BYTES), None)
+    if order is None:
+        if NIFTI2_HEADER_BYTES in (struct.unpack_from(o + "i", header)[0] for o in "<>"):
+            raise DatasetError(f"{path}: NIfTI-2 files cannot be read; save it as NIfTI-1.")
+        raise DatasetError(f"{path}: not a NIfTI image (its header does not begin with {NIFTI1_HEADER_BYTES}).")
+    dimensions = struct.unpack_from(order + "8h", header, 40)
+    rank, sizes = dimensions[0], dimensions[1 : 1 + max(0, dimensions[0])]
+    if not 1 <= rank <= 7 or any(n < 1 for n in sizes):
+        raise DatasetError(f"{path}: the NIfTI header is damaged (dimensions {list(dimensions)}).")
+    bits_per_voxel = struct.unpack_from(order + "h", header, 72)[0]
+    offset = max(0, int(struct.unpack_from(order + "f", header, 108)[0]))
+    _check_size(path, size - offset, math.prod(sizes) * bits_per_voxel // 8)
+
+
+def check_meta(path: Path) -> None:
+    """Refuse a MetaImage (.mha, .mhd) whose voxels are not all there. Raises DatasetError."""
+    fields, offset = _meta_header(path)
+    try:
+        data_file = fields["ElementDataFile"]
+        sizes = [int(n) for n in fields["DimSize"].split()]
+        type_bytes = META_TYPE_BYTES[fields["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")]
+        expected = math.prod(sizes) * int(fields.get("ElementNumberOfChannels", "1")) * type_bytes
+    except (KeyError, ValueError) as damaged:
+        raise DatasetError(f"{path}: not a MetaImage, or its header is damaged ({damaged}).") from damaged
+    if data_file == "LIST" or "%" in data_file:
+        return  # one file a slice: ITK itself names the one that is missing
+    data, offset = (path, offset) if data_file == "LOCAL" else (path.parent / data_file, 0)
+    _check_data_file(path, data)
+    if fields.get("CompressedData", "False").lower() == "true":
+        _check_size(path, sum(map(len, _unpacked(data, offset, zlib.MAX_WBITS | 32))), expected)
+    else:
+        _check_size(path, data.stat().st_size - offset, expected)
+
+
+def _meta_header(path: Path) -> tuple[dict[str, str], int]:
+    fields, position = {}, 0
+    with open(path, "rb") as file:
+        for line in iter(lambda: file.readline(HEADER_LIMIT_BYTES), b""):
+            position += len(line)
+            key, equals, value = line.decode("latin-1").partition("=")
+            if not equals or position > HEADER_LIMIT_BYTES:
+                break
+            fields[key.strip()] = value.strip()
+            if key.strip() == "ElementDataFile":
+                break
+    return fields, position
+
+
+def check_nrrd(path: Path) -> None:
+    """Refuse an NRRD (.nrrd, .nhdr) whose voxels are not all there. Raises DatasetError."""
+    fields, offset = _nrrd_header(path)
+    try:
+        expected = math.prod(int(n) for n in fields["sizes"].split()) * _nrrd_type_bytes(fields["type"])
+        encoding = fields["encoding"].lower()
+    except (KeyError, ValueError) as damaged:
+        raise DatasetError(f"{path}: not an NRRD image, or its header is damaged ({damaged}).") from damaged
+    data_file = fields.get("data file", fields.get("datafile"))
+    if data_file is not None and (data_file.upper().startswith("LIST") or "%" in data_file):
+        return
+    data, offset = (path, offset) if data_file is None else (path.parent / data_file, 0)
+    _check_data_file(path, data)
+    if "byte skip" in fields or "line skip" in fields:
+        return  # ITK checks the number of voxels itself; only the checksum is left out here
+    if encoding in ("gzip", "gz"):
+        _check_size(path, sum(map(len, _unpacked(data, offset, zlib.MAX_WBITS | 16))), expected)
+    elif encoding == "raw":
+        _check_size(path, data.stat().st_size - offset, expected)
+
+
+def _nrrd_header(path: Path) -> tuple[dict[str, str], int]:
+    fields, position = {}, 0
+    with open(path, "rb") as file:
+        if file.read(4) != b"NRRD":
+            return {}, 0
+        file.seek(0)
+        for line in iter(lambda: file.readline(HEADER_LIMIT_BYTES), b""):
+            position += len(line)
+            text = line.decode("latin-1").strip()
+            if not text or position > HEADER_LIMIT_BYTES:
+                break
+            found = re.match(r"([^:#][^:]*): (.*)", text)
+            if found:
+                fields[found[1].lower()] = found[2].strip()
+    return fields, position
+
+
+def _nrrd_type_bytes(name: str) -> int:
+    for count, names in NRRD_TYPE_BYTES.items():
+        if name.lower() in names.split("|"):
+            return count
+    raise ValueError(f"type {name}")
+
+
+def check_bmp(path: Path) -> None:
+    """Refuse a bitmap that is shorter than its header says. Raises DatasetError."""
+    with open(path, "rb") as file:
+        header = file.read(54)
+    if len(header) < 54 or header[:2] != b"BM":
+        raise DatasetError(f"{path}: not a BMP image, or cut off in its header.")
+    offset = struct.unpack_from("<I", header, 10)[0]
+    width, height, _, bits, compression = struct.unpack_from("<iiHHI", header, 18)
+    if compression in (0, 3):  # uncompressed; rows are padded to four bytes
+        _check_size(path, path.stat().st_size - offset, (abs(width) * bits + 31) // 32 * 4 * abs(height))
+
+
+def check_nothing(path: Path) -> None:
+    """For formats whose reader finds missing bytes itself (PNG, TIFF)."""
+
+
+CHECKS: dict[str, Callable[[Path], None]] = {
+    "NiftiImageIO": check_nifti,
+    "MetaImageIO": check_meta,
+    "NrrdImageIO": check_nrrd,
+    "BMPImageIO": check_bmp,
+    "PNGImageIO": check_nothing,
+    "TIFFImageIO": check_nothing,
+}
+
+
+def _check_data_file(path: Path, data: Path) -> None:
+    if not data.is_file():
+        raise DatasetError(f"{path}: only a header; its data file {data} is missing.")
+
+
+def _check_size(path: Path, found: int, expected: int) -> None:
+    if found < expected:
+        raise DatasetError(
+            f"{path}: truncated or header only: {max(0, found)} bytes of voxels, expected {expected}; "
+            "copy the file again."
+        )
+
+
+def _unpacked(path: Path, offset: int, window_bits: int) -> Iterator[bytes]:
+    """The pieces of a compressed stream; several gzip members in a row are one stream. Checks every checksum."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        stream = zlib.decompressobj(window_bits)
+        try:
+            for packed in iter(lambda: file.read(CHUNK_BYTES), b""):
+                while packed:
+                    if stream.eof:
+                        if not packed.strip(b"\0"):
+                            break  # padding is allowed between and after members
+                        packed, stream = packed.lstrip(b"\0"), zlib.decompressobj(window_bits)
+                    yield stream.decompress(packed)
+                    packed = stream.unused_data
+        except zlib.error as damaged:
+            raise DatasetError(f"{path}: the compressed data is damaged ({damaged}); copy the file again.") from damaged
+    if not stream.eof:
+        raise DatasetError(f"{path}: truncated: the compressed data ends too early; copy the file again.")

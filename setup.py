@@ -11,6 +11,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=["autoseg", "autoseg.networks", *(f"autoseg.{stage}" for stage in STAGES)],
     package_dir={"autoseg": "autoseg", **{f"autoseg.{stage}": stage for stage in STAGES}},
@@ -33,6 +34,7 @@ setup(
     ],
     extras_require={
         "test": ["hypothesis>=6", "pytest>=8", "pytest-timeout>=2"],
+        "benchmarks": ["psutil>=5.9"],
         "dev": ["mypy>=1.10", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["autoseg=autoseg.cli:main"]},

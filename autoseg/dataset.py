@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoseg.errors import DatasetError
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.errors import DatasetError, unknown_choice
 from autoseg.files import read_json
-from autoseg.image import Image
+from autoseg.geometry import corner_distance
+from autoseg.image import FORMATS, PICTURE_ENDINGS, Grid, Image, read_image
 from autoseg.labels import Labels
 
+log = logging.getLogger(__name__)
+
 DATASET_JSON = "dataset.json"
+TRAINING_IMAGES, TRAINING_LABELS = "imagesTr", "labelsTr"
+TEST_IMAGES, TEST_LABELS = "imagesTs", "labelsTs"
+CHANNEL_DIGITS = 4  # CASE_0000.nii.gz
+
+SAME_PLACE_VOXELS = 1e-3
+"""Corners of two grids that lie closer than this, in voxels, are the same: headers hold rounded numbers (NIfTI has
+32-bit floats, and quaternions for directions)."""
+
+NEAR_PLACE_VOXELS = 0.05
+"""Up to here the grids of image and label count as one (half a voxel would be a voxel wrongly labelled); verify says
+so and can repair it."""
+
+FLOAT32_EXACT = 2**24  # whole numbers up to here keep their value as float32
 
 
 @dataclass(frozen=True)
@@ -44,16 +64,381 @@ class RawDataset:
     def load(cls, root: Path) -> RawDataset:
         """Read `root/dataset.json` and list the cases; no image is opened.
 
-        Raises DatasetError where dataset.json is missing or wrong, or a case lacks a channel or its label.
+        Raises DatasetError where dataset.json is missing or wrong, or a case lacks a channel or its label: every such
+        case is named.
         """
-        raise NotImplementedError
+        listing = list_cases(Path(root))
+        if listing.problems:
+            raise DatasetError(_all_problems(listing))
+        return listing.dataset
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The complete cases of a dataset folder, and what is wrong with the others."""
+
+    dataset: RawDataset
+    problems: dict[str, tuple[str, ...]]
+    """Case identifier -> what is missing, for training cases that cannot be used."""
+    stray_files: tuple[Path, ...]
+    """Files in imagesTr and labelsTr that belong to no case."""
+    incomplete_tests: dict[str, tuple[str, ...]]
+    """The same as `problems` for imagesTs; those cases are left out."""
+    announced: int | None
+    """`numTraining` of dataset.json."""
+
+
+def list_cases(root: Path) -> Listing:
+    """What is in the dataset folder `root`, complete or not; no image is opened.
+
+    Raises DatasetError where dataset.json is missing or wrong, or there is no training case at all.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"{root}: there is no such dataset folder.")
+    content = read_json(root / DATASET_JSON, error=DatasetError, what="dataset description")
+    if not isinstance(content, Mapping):
+        raise DatasetError(f"{root / DATASET_JSON}: must be a JSON object, got {type(content).__name__}.")
+    channels, ending = _channels(root, content), _file_ending(root, content)
+    labels = _labels(root, content)
+    if content.get("dataset") is not None:
+        cases, problems, stray = _explicit_cases(root, content["dataset"])
+    else:
+        cases, problems, stray = _folder_cases(root, (TRAINING_IMAGES, TRAINING_LABELS), len(channels), ending)
+    if not cases and not problems:
+        raise DatasetError(
+            f"{root}: no training case found; expected files such as {TRAINING_IMAGES}/CASE_0000{ending} and "
+            f"{TRAINING_LABELS}/CASE{ending}."
+        )
+    cases, unusable = _without_problems(cases, problems, len(channels), ending)
+    tests: list[Case] = []
+    test_problems: dict[str, tuple[str, ...]] = {}
+    if (root / TEST_IMAGES).is_dir():
+        tests, lacking, _ = _folder_cases(root, (TEST_IMAGES, TEST_LABELS), len(channels), ending, label_needed=False)
+        tests, test_problems = _without_problems(tests, lacking, len(channels), ending)
+        for identifier, found in test_problems.items():
+            log.warning("Case %s of %s is left out: %s.", identifier, TEST_IMAGES, "; ".join(found))
+    dataset = RawDataset(root, root.resolve().name, channels, labels, ending, tuple(cases), tuple(tests))
+    announced = content.get("numTraining")
+    return Listing(dataset, unusable, stray, test_problems, announced if isinstance(announced, int) else None)
 
 
 def read_case(case: Case, dataset: RawDataset) -> tuple[Image, Image | None]:
-    """The image of a case, all channels stacked `(C, Z, Y, X)` float32, and its label `(1, Z, Y, X)` integer or None.
+    """The image of a case, all channels stacked `(C, Z, Y, X)` float32, and its label `(1, Z, Y, X)` int16 or None.
 
     Every check that needs the voxels is made here, so that planning, preprocessing and verify refuse the same things
     with the same sentence. Raises DatasetError naming the case and the file: geometry of channels and label differ,
     NaN or Inf, fractional or unknown label values, wrong number of channels.
     """
-    raise NotImplementedError
+    return read_case_noting(case, dataset)[:2]
+
+
+def read_case_noting(case: Case, dataset: RawDataset) -> tuple[Image, Image | None, tuple[str, ...]]:
+    """`read_case`, and what is not right but can be used: sentences without the name of the case."""
+    notes: list[str] = []
+    try:
+        image = _read_channels(case, dataset, notes)
+        label = _read_label(case, image.grid, dataset.labels, notes) if case.label is not None else None
+    except DatasetError as error:
+        raise DatasetError(f"Case {case.identifier}: {error}") from error
+    return image, label, tuple(notes)
+
+
+def require_foreground(dataset: RawDataset, annotated: Iterable[str]) -> None:
+    """Refuse a dataset none of whose cases shows any structure; `annotated` are the cases that do.
+
+    Raises DatasetError naming the cases.
+    """
+    if any(True for _ in annotated):
+        return
+    names = _some([case.identifier for case in dataset.cases])
+    raise DatasetError(
+        f"{dataset.root}: no label of any case has a foreground voxel ({names}), expected some of the values "
+        f"{_listed(dataset.labels.foreground_values)}; check that {TRAINING_LABELS} holds the right files."
+    )
+
+
+# ---- dataset.json
+
+
+def _channels(root: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+    key = "channel_names" if "channel_names" in content else "modality"  # as older datasets say it
+    names = content.get(key)
+    expected = '"channel_names" must be an object such as {"0": "T1", "1": "T2"}'
+    if not isinstance(names, Mapping) or not names:
+        raise DatasetError(f"{root / DATASET_JSON}: {expected}, got {names!r}.")
+    numbers = [str(number) for number in range(len(names))]
+    if sorted(names, key=str) != sorted(numbers) or not all(isinstance(name, str) and name for name in names.values()):
+        raise DatasetError(f"{root / DATASET_JSON}: {expected}, numbered from 0 without gaps, got {dict(names)!r}.")
+    return tuple(names[number] for number in numbers)
+
+
+def _file_ending(root: Path, content: Mapping[str, Any]) -> str:
+    ending = content.get("file_ending")
+    if not isinstance(ending, str):
+        raise DatasetError(f'{root / DATASET_JSON}: "file_ending" is missing; write one of {", ".join(FORMATS)}.')
+    if ending.lower() not in FORMATS:
+        raise DatasetError(f"{root / DATASET_JSON}: {unknown_choice('file_ending', ending, FORMATS)}")
+    return ending
+
+
+def _labels(root: Path, content: Mapping[str, Any]) -> Labels:
+    try:
+        return Labels.from_json(content.get("labels"), content.get("regions_class_order"))
+    except DatasetError as error:
+        raise DatasetError(f"{root / DATASET_JSON}: {str(error).removeprefix('dataset.json: ')}") from error
+
+
+# ---- files of the cases
+
+
+def _folder_cases(
+    root: Path, folders: tuple[str, str], channels: int, ending: str, *, label_needed: bool = True
+) -> tuple[list[Case], dict[str, list[str]], tuple[Path, ...]]:
+    """Cases by the names of their files: `CASE_0000.ending` in the first folder, `CASE.ending` in the second."""
+    images, labels = root / folders[0], root / folders[1]
+    if not images.is_dir():
+        raise DatasetError(f"{images}: there is no such folder; it must hold the images, CASE_0000{ending}.")
+    found, stray = _channel_files(images, ending)
+    label_files = {name.removesuffix(ending): labels / name for name in _names(labels) if name.endswith(ending)}
+    cases, problems = [], {}
+    for identifier in sorted(found):
+        lacking, files = _channels_of(found[identifier], channels, ending, images / identifier)
+        label = label_files.get(identifier)
+        if label is None and label_needed:
+            lacking.append(f"the label {labels / (identifier + ending)} is missing")
+        if lacking:
+            problems[identifier] = lacking
+        cases.append(Case(identifier, files, label))
+    stray += [labels / name for name in _names(labels) if not name.endswith(ending) and not name.endswith(".json")]
+    stray += [path for identifier, path in label_files.items() if identifier not in found]
+    return cases, problems, tuple(sorted(stray))
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _channel_files(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
+    """Case -> channel number -> file, and the files that are named otherwise (JSON sidecars are nobody's)."""
+    found: dict[str, dict[int, Path]] = {}
+    stray = []
+    for name in _names(folder):
+        stem = name.removesuffix(ending)
+        identifier, underscore, number = stem.rpartition("_")
+        if stem != name and identifier and underscore and number.isdigit() and len(number) == CHANNEL_DIGITS:
+            found.setdefault(identifier, {})[int(number)] = folder / name
+        elif not name.endswith(".json"):
+            stray.append(folder / name)
+    return found, stray
+
+
+def _channels_of(
+    files: Mapping[int, Path], channels: int, ending: str, stem: Path
+) -> tuple[list[str], tuple[Path, ...]]:
+    """What is wrong with the channel files of one case, and the files in order of the channels."""
+    problems = []
+    whole_picture = ending.lower() in PICTURE_ENDINGS and set(files) == {0}  # one file may hold R, G and B
+    if not whole_picture:
+        for number in range(channels):
+            if number not in files:
+                problems.append(f"channel {number} is missing ({stem}_{number:0{CHANNEL_DIGITS}d}{ending})")
+    for number in sorted(files):
+        if number >= channels:
+            problems.append(f"{files[number]} is channel {number}, but {DATASET_JSON} names only {channels}")
+    return problems, tuple(files[number] for number in sorted(files))
+
+
+def _explicit_cases(root: Path, listed: Any) -> tuple[list[Case], dict[str, list[str]], tuple[Path, ...]]:
+    """Cases from the lists of `dataset.json`; their paths are relative to the dataset folder."""
+    where = root / DATASET_JSON
+    if not isinstance(listed, Mapping):
+        raise DatasetError(f'{where}: "dataset" must be an object of case: {{"images": [...], "label": ...}}.')
+    cases, problems = [], {}
+    for identifier in sorted(listed):
+        entry = listed[identifier]
+        images = entry.get("images") if isinstance(entry, Mapping) else None
+        label = entry.get("label") if isinstance(entry, Mapping) else None
+        if not isinstance(images, list) or not images or not all(isinstance(i, str) for i in [*images, label]):
+            raise DatasetError(
+                f'{where}: case {identifier} must be {{"images": [one path for each channel], "label": path}}, '
+                f"got {entry!r}."
+            )
+        case = Case(str(identifier), tuple(root / image for image in images), root / str(label))
+        lacking = [f"{path} is missing" for path in (*case.images, root / str(label)) if not path.exists()]
+        if lacking:
+            problems[case.identifier] = lacking
+        cases.append(case)
+    return cases, problems, ()
+
+
+def _without_problems(
+    cases: Sequence[Case], problems: Mapping[str, Sequence[str]], channels: int, ending: str
+) -> tuple[list[Case], dict[str, tuple[str, ...]]]:
+    unusable = {identifier: tuple(found) for identifier, found in problems.items()}
+    for case in cases:
+        if len(case.images) not in (1, channels) and case.identifier not in unusable:
+            unusable[case.identifier] = (f"{len(case.images)} image files, expected {channels}",)
+    return [case for case in cases if case.identifier not in unusable], unusable
+
+
+def _all_problems(listing: Listing) -> str:
+    named = [f"case {identifier}: {', '.join(found)}" for identifier, found in listing.problems.items()]
+    count = "1 case is" if len(named) == 1 else f"{len(named)} cases are"
+    return f"{listing.dataset.root}: {count} incomplete ({'; '.join(named)}); add the files or remove the cases."
+
+
+# ---- voxels of one case
+
+
+def _read_channels(case: Case, dataset: RawDataset, notes: list[str]) -> Image:
+    """All channels (C, Z, Y, X) as float32 on the grid of the first."""
+    files, expected = case.images, len(dataset.channels)
+    if len(files) not in (1, expected):
+        raise DatasetError(f"{len(files)} image files, expected {expected} ({', '.join(dataset.channels)}).")
+    first = read_image(files[0])
+    components = expected if len(files) == 1 else 1
+    _check_components(files[0], first, components, dataset)
+    stacked = np.empty((expected, *first.shape), dtype=np.float32)
+    for number, path in enumerate(files):
+        image = first if number == 0 else read_image(path)
+        if number:
+            _check_components(path, image, 1, dataset)
+            _check_same_place(path, image.grid, files[0], first.grid, notes)
+        _check_finite(path, image.array)
+        with np.errstate(over="ignore"):
+            stacked[number : number + image.channels] = image.array
+        _check_finite(path, stacked[number : number + image.channels])
+    return Image(stacked, first.grid)
+
+
+def _check_components(path: Path, image: Image, expected: int, dataset: RawDataset) -> None:
+    if image.channels != expected:
+        raise DatasetError(
+            f"{path}: has {image.channels} {'component' if image.channels == 1 else 'components'} a voxel, expected "
+            f"{expected}; {DATASET_JSON} names the channels {', '.join(dataset.channels)}."
+        )
+
+
+def _check_finite(path: Path, array: NDArray[Any]) -> None:
+    # one NaN or infinity makes the sum so, and the sum needs no mask in memory
+    if array.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(array.sum(dtype=np.float64)):
+            return
+    nans, infinities = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+    if nans or infinities:
+        kinds = [f"{count} {kind}" for count, kind in ((nans, "NaN"), (infinities, "infinite")) if count]
+        raise DatasetError(
+            f"{path}: {' and '.join(kinds)} of {array.size} voxels; replace them by a value that makes sense for the "
+            "image."
+        )
+
+
+def _check_same_place(path: Path, grid: Grid, reference_path: Path, reference: Grid, notes: list[str]) -> None:
+    """Refuse a file whose voxels lie elsewhere than those of the case's first channel; note a tiny difference."""
+    if grid.shape != reference.shape:
+        raise DatasetError(
+            f"{path}: size {grid.shape} voxels (z, y, x) differs from {reference.shape} of {reference_path.name}; "
+            "resample one of them."
+        )
+    distance = corner_distance(reference, grid)
+    if distance <= SAME_PLACE_VOXELS:
+        return
+    what, got, expected = _largest_difference(grid, reference)
+    if distance > NEAR_PLACE_VOXELS:
+        raise DatasetError(
+            f"{path}: {what} {got} differs from {expected} of {reference_path.name} (corners {distance:.3g} voxels "
+            "apart); correct the header or resample one of them."
+        )
+    notes.append(
+        f"{path}: {what} {got} differs slightly from {expected} of {reference_path.name} (corners {distance:.2g} "
+        "voxels apart); taken as equal"
+    )
+
+
+def _largest_difference(grid: Grid, reference: Grid) -> tuple[str, str, str]:
+    """The part of the geometry that moves the corners most: its name, its value, the expected one."""
+    extent = max(n * s for n, s in zip(reference.shape, reference.spacing, strict=True))
+    spacing = np.abs(np.subtract(grid.spacing, reference.spacing)) * np.asarray(reference.shape)
+    moved = {
+        "spacing": float(spacing.max()),
+        "origin": float(np.abs(np.subtract(grid.origin, reference.origin)).max()),
+        "direction": float(np.abs(np.subtract(grid.direction, reference.direction)).max()) * extent,
+    }
+    what = max(moved, key=lambda name: moved[name])
+    if what == "direction":
+        return what, _rounded(np.ravel(grid.direction)), _rounded(np.ravel(reference.direction))
+    unit = " mm"
+    return what, _rounded(getattr(grid, what)) + unit, _rounded(getattr(reference, what)) + unit
+
+
+def _rounded(values: Any) -> str:
+    return "(" + ", ".join(f"{float(value):.6g}" for value in values) + ")"
+
+
+def _read_label(case: Case, grid: Grid, labels: Labels, notes: list[str]) -> Image:
+    """The label (1, Z, Y, X) int16 on the image's grid."""
+    assert case.label is not None
+    path = case.label
+    label = read_image(path)
+    if label.channels != 1:
+        raise DatasetError(
+            f"{path}: the label has {label.channels} components a voxel, expected 1; save it as one channel of "
+            "integers."
+        )
+    _check_same_place(path, label.grid, case.images[0], grid, notes)
+    array = label.array
+    if array.dtype.kind == "f":
+        _check_finite(path, array)
+        array = _whole_numbers(path, array)
+        notes.append(f"{path}: the label holds whole numbers as {label.array.dtype}; taken as integers")
+    values = label_values(array)
+    unknown = sorted(set(values) - set(labels.known_values))
+    if unknown:
+        raise DatasetError(
+            f"{path}: label value{'s' if len(unknown) > 1 else ''} {_listed(unknown)} "
+            f"({sum(values[value] for value in unknown)} voxels) not in {DATASET_JSON}, expected "
+            f"{_listed(labels.known_values)}; correct the label or name the value."
+        )
+    if not set(values) & set(labels.foreground_values):
+        notes.append(f"{path}: the label has no foreground voxel")
+    return Image(array.astype(np.int16), grid)
+
+
+def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[np.int32]:
+    whole = np.rint(array)
+    fractional = array != whole
+    if fractional.any():
+        example = float(array[fractional][0])
+        raise DatasetError(
+            f"{path}: {int(fractional.sum())} label voxels are fractional (such as {example:.6g}), expected whole "
+            "numbers; it may have been resampled as an image: make the label again with nearest-neighbour or label "
+            "interpolation."
+        )
+    return np.clip(whole, -FLOAT32_EXACT, FLOAT32_EXACT).astype(np.int32)
+
+
+def label_values(label: NDArray[Any]) -> dict[int, int]:
+    """Each value of an integer label map (any shape) and its number of voxels, sorted by value."""
+    lowest, highest = int(label.min(initial=0)), int(label.max(initial=0))
+    if lowest < 0 or highest > np.iinfo(np.uint16).max:
+        values, counts = np.unique(label, return_counts=True)
+        return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+    # counting in slabs: bincount takes eight bytes a voxel
+    total = np.zeros(highest + 1, dtype=np.int64)
+    for slab in label.reshape(-1, label.shape[-1] if label.ndim < 2 else label.shape[-1] * label.shape[-2]):
+        total += np.bincount(slab, minlength=highest + 1)
+    return {int(value): int(total[value]) for value in np.flatnonzero(total)}
+
+
+def _listed(values: Iterable[int]) -> str:
+    return _some([str(value) for value in values])
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    """The names in a row; of a long list the first and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

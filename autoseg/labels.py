@@ -13,6 +13,8 @@ from autoseg.errors import DatasetError
 
 BACKGROUND = "background"
 IGNORE = "ignore"
+LARGEST_VALUE = 32766
+"""Label maps are kept as 16-bit integers; the ignore label comes after all others."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Labels:
             raise DatasetError(
                 'dataset.json: "labels" must be an object of name: integer, such as {"background": 0, "liver": 1}.'
             )
+        if labels.get("0") == BACKGROUND:
+            raise DatasetError(
+                'dataset.json: "labels" has the older form {"0": "background"}; turn it round: {"background": 0}.'
+            )
         values: dict[str, tuple[int, ...]] = {}
         for name, entry in labels.items():
             group = entry if isinstance(entry, list | tuple) else [entry]
@@ -106,12 +112,16 @@ def _check_values(groups: Mapping[str, tuple[int, ...]], ignore: int | None, *, 
     owner: dict[int, str] = {}
     for name, group in groups.items():
         for value in group:
+            if value > LARGEST_VALUE:
+                raise DatasetError(
+                    f'dataset.json: label "{name}" has the value {value}; the largest that can be used is {LARGEST_VALUE}.'
+                )
             if value <= 0:
                 raise DatasetError(f'dataset.json: label "{name}" has the value {value}; foreground values start at 1.')
             if not regions and value in owner:
                 raise DatasetError(f'dataset.json: labels "{owner[value]}" and "{name}" both have the value {value}.')
             owner[value] = name
-    if ignore is not None and ignore <= max(owner):
+    if ignore is not None and not max(owner) < ignore <= LARGEST_VALUE + 1:
         raise DatasetError(
             f'dataset.json: label "ignore" is {ignore}; it must be above every other label (here at least {max(owner) + 1}).'
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +37,12 @@ def build_training(
     architecture: Architecture, labels: Labels, recipe: Recipe, device: torch.device | str = "cpu"
 ) -> TrainingState:
     """Network, loss, optimiser and averaged weights, ready for the first step."""
-    network = build_network(architecture).to(device)
-    ema = copy.deepcopy(network).eval().requires_grad_(False) if recipe.ema else None
-    return TrainingState(network, build_loss(labels).to(device), build_optimizer(network, recipe), recipe, ema)
+    with torch.device(device):  # built where they live: the planner's fake tensors could not be moved there, nor copied
+        network, loss = build_network(architecture), build_loss(labels)
+        ema = build_network(architecture).eval().requires_grad_(False) if recipe.ema else None
+    if ema is not None:
+        ema.load_state_dict(network.state_dict())
+    return TrainingState(network, loss, build_optimizer(network, recipe), recipe, ema)
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -114,7 +114,7 @@ def _check_values(groups: Mapping[str, tuple[int, ...]], ignore: int | None, *, 
         for value in group:
             if value > LARGEST_VALUE:
                 raise DatasetError(
-                    f'dataset.json: label "{name}" has the value {value}; the largest that can be used is {LARGEST_VALUE}.'
+                    f'dataset.json: label "{name}" has the value {value}; values up to {LARGEST_VALUE} can be used.'
                 )
             if value <= 0:
                 raise DatasetError(f'dataset.json: label "{name}" has the value {value}; foreground values start at 1.')
@@ -123,7 +123,8 @@ def _check_values(groups: Mapping[str, tuple[int, ...]], ignore: int | None, *, 
             owner[value] = name
     if ignore is not None and not max(owner) < ignore <= LARGEST_VALUE + 1:
         raise DatasetError(
-            f'dataset.json: label "ignore" is {ignore}; it must be above every other label (here at least {max(owner) + 1}).'
+            f'dataset.json: label "ignore" is {ignore}; it must be above every other label '
+            f"(here at least {max(owner) + 1}, at most {LARGEST_VALUE + 1})."
         )
 
 

@@ -1,0 +1,165 @@
+"""A patch, larger than asked for -> an augmented patch: nnU-Net's augmentations, from batchgeneratorsv2."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
+from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+from batchgeneratorsv2.transforms.nnunet.random_binary_operator import ApplyRandomBinaryOperatorTransform
+from batchgeneratorsv2.transforms.nnunet.remove_connected_components import (
+    RemoveRandomConnectedComponentFromOneHotEncodingTransform,
+)
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from torch import Tensor
+
+from autoseg.plan import Configuration, Shape
+
+SPATIAL_PROBABILITY = 0.2  # of a rotation, and of a scaling (nnU-Net's)
+BLUR_REACH = 7  # voxels that the blur's kernel needs on each side
+SCALING = (0.7, 1.4)  # nnU-Net's range; above 1 the structures become smaller
+ROTATION_3D = math.radians(30)  # about every axis
+ROTATION_IN_PLANE = math.pi  # where only the plane is rotated
+LONG_PLANE_ROTATION = math.radians(15)  # in a plane longer than 1.5 times its width
+
+
+def rotation_limit(configuration: Configuration) -> float:
+    """Largest rotation in radians (nnU-Net's rule)."""
+    z, y, x = configuration.patch_size
+    if configuration.training.rotate_out_of_plane and z > 1:
+        return ROTATION_3D
+    return LONG_PLANE_ROTATION if max(y, x) / min(y, x) > 1.5 else ROTATION_IN_PLANE
+
+
+def source_size(configuration: Configuration) -> Shape:
+    """Voxels (z, y, x) to read so that a rotated and scaled patch finds data in its corners where there are any."""
+    z, y, x = configuration.patch_size
+    angle = min(rotation_limit(configuration), math.pi / 4)
+    cos, sin = math.cos(angle), math.sin(angle)
+    flat = not configuration.training.rotate_out_of_plane or z == 1
+    sizes = [
+        float(z) if flat else cos * z + sin * max(y, x),
+        cos * y + sin * (x if flat else max(z, x)),
+        cos * x + sin * (y if flat else max(z, y)),
+    ]
+    scaled = [math.ceil(size * SCALING[1]) for size in sizes]
+    return (z if flat else scaled[0], scaled[1], scaled[2])
+
+
+class Augmentation:
+    """Spatial, intensity and mirroring augmentations of one configuration, in nnU-Net's order.
+
+    It draws from torch's and numpy's global generators; who calls it seeds both.
+    """
+
+    def __init__(self, configuration: Configuration, *, previous_labels: tuple[int, ...] = ()) -> None:
+        self.plane = configuration.patch_size[0] == 1
+        self.spatial = _spatial(configuration, probability=SPATIAL_PROBABILITY)
+        self.crop = _spatial(configuration, probability=0.0)
+        self.intensity = _intensity(configuration)
+        axes = configuration.training.mirror_axes
+        self.mirror = MirrorTransform(tuple(axis - 1 for axis in axes if axis > 0) if self.plane else axes)
+        self.previous_labels = previous_labels
+
+    def __call__(self, image: Tensor, label: Tensor, *, augment: bool = True) -> tuple[Tensor, Tensor]:
+        """Image (C, Z, Y, X) float32, label (1 or 2, Z, Y, X) int16 of `source_size` -> the same of patch size.
+
+        A second label channel is the previous stage's answer: it becomes further image channels, one-hot, roughened
+        as an imperfect answer would be. With `augment=False` the patch is only cut out.
+        """
+        sample = (
+            {"image": image[:, 0], "segmentation": label[:, 0]}
+            if self.plane
+            else {"image": image, "segmentation": label}
+        )
+        sample = (self.spatial if augment else self.crop)(**sample)
+        if augment:
+            sample = self.mirror(**self.intensity(**sample))
+        image, label = sample["image"], sample["segmentation"]
+        if self.plane:
+            image, label = image.unsqueeze(1), label.unsqueeze(1)
+        if self.previous_labels:
+            onehot = torch.stack([label[1] == value for value in self.previous_labels]).float()
+            if augment:  # built anew each time: it shuffles its own list of channels
+                onehot = _roughen(len(self.previous_labels))(image=onehot)["image"]
+            image, label = torch.cat((image, onehot)), label[:1]
+        return image.contiguous(), label.contiguous()
+
+
+def _spatial(configuration: Configuration, *, probability: float) -> BasicTransform:
+    size = configuration.patch_size
+    slice_wise = not configuration.training.rotate_out_of_plane
+    limit = rotation_limit(configuration)
+    transform = SpatialTransform(
+        size[1:] if slice_wise or size[0] == 1 else size,
+        patch_center_dist_from_border=0,
+        random_crop=False,
+        p_rotation=probability,
+        rotation=(-limit, limit),
+        p_scaling=probability,
+        scaling=SCALING,
+        p_synchronize_scaling_across_axes=1,
+    )
+    return _slice_wise(transform) if slice_wise and size[0] > 1 else transform
+
+
+def _slice_wise(transform: BasicTransform) -> BasicTransform:
+    """The same in-plane transform for every slice of a volume."""
+    return ComposeTransforms([Convert3DTo2DTransform(), transform, Convert2DTo3DTransform()])
+
+
+def _intensity(configuration: Configuration) -> BasicTransform:
+    plane = configuration.patch_size[0] == 1
+    kept = tuple(axis for axis in range(3) if axis not in configuration.training.low_resolution_axes)
+    low_resolution = SimulateLowResolutionTransform(
+        (0.5, 1.0),
+        synchronize_channels=False,
+        synchronize_axes=True,
+        ignore_axes=tuple(axis - 1 for axis in kept if axis > 0) if plane else kept,
+        p_per_channel=0.5,
+    )
+    contrast = {"synchronize_channels": False, "p_per_channel": 1.0}
+    gamma = {"gamma": BGContrast((0.7, 1.5)), "p_retain_stats": 1.0, **contrast}
+    stages: list[tuple[BasicTransform, float]] = [
+        (GaussianNoiseTransform((0.0, 0.1), p_per_channel=1.0, synchronize_channels=True), 0.1),
+        (MultiplicativeBrightnessTransform(BGContrast((0.75, 1.25)), **contrast), 0.15),
+        (ContrastTransform(BGContrast((0.75, 1.25)), preserve_range=True, **contrast), 0.15),
+        (low_resolution, 0.25),
+        (GammaTransform(p_invert_image=1.0, **gamma), 0.1),
+        (GammaTransform(p_invert_image=0.0, **gamma), 0.3),
+    ]
+    blur = _blur(configuration)
+    if blur is not None:
+        stages.insert(1, (blur, 0.2))
+    return ComposeTransforms([RandomTransform(transform, probability) for transform, probability in stages])
+
+
+def _blur(configuration: Configuration) -> BasicTransform | None:
+    """Gaussian blur along the axes that are long enough for its kernel; in plane only for thick slices."""
+    z, y, x = configuration.patch_size
+    if min(y, x) <= BLUR_REACH:
+        return None
+    # benchmark=False: timing two implementations against each other would make the result depend on the machine's load
+    if z > 1 and (z <= BLUR_REACH or not configuration.training.rotate_out_of_plane):
+        return _slice_wise(GaussianBlurTransform((0.5, 1.0), synchronize_channels=True, benchmark=False))
+    return GaussianBlurTransform((0.5, 1.0), p_per_channel=0.5, benchmark=False)
+
+
+def _roughen(count: int) -> BasicTransform:
+    """nnU-Net's for cascades: random erosion, dilation, opening, closing; lost components."""
+    channels = list(range(count))
+    operators = ApplyRandomBinaryOperatorTransform(channel_idx=channels, strel_size=(1, 8), p_per_label=0.5)
+    lost = RemoveRandomConnectedComponentFromOneHotEncodingTransform(
+        channel_idx=channels, fill_with_other_class_p=0.0, dont_do_if_covers_more_than_x_percent=0.15, p_per_label=0.5
+    )
+    return ComposeTransforms([RandomTransform(operators, 0.4), RandomTransform(lost, 0.2)])

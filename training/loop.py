@@ -1,0 +1,378 @@
+"""A preprocessed store and a plan -> the checkpoint of one fold. One loop for every topology, budget and device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoseg.checkpoint import Checkpoint, load_tensors, save_tensors
+from autoseg.device import autocast_dtype, resolve_device
+from autoseg.errors import CheckpointError, PlanError, unknown_choice
+from autoseg.labels import Labels
+from autoseg.plan import Configuration, Plan
+from autoseg.preprocessing.store import Store
+from autoseg.training.batches import Samples, batches
+from autoseg.training.folds import ALL, load_or_make_folds, select_fold
+from autoseg.training.history import History, Row, draw_curve
+from autoseg.training.schedule import in_decay, learning_rate_factor
+from autoseg.training.settings import (
+    HISTORY_ROWS,
+    RECIPES,
+    SAVE_SECONDS,
+    SAVE_SHARE,
+    VALIDATION_PATCHES,
+    VALIDATION_SHARE,
+)
+from autoseg.training.step import TrainingState, build_training, training_step
+from autoseg.workspace import CHECKPOINT, CURVE, HISTORY, RESUME, Workspace
+
+logger = logging.getLogger(__name__)
+
+RESUME_FORMAT = "autoseg training 1"
+VALIDATION_SEED = 1  # added to the seed for the held-out patches of the online Dice
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress bar shows."""
+
+    step: int
+    steps: int | None
+    """Steps in all, or None where only time limits the training."""
+    fraction: float
+    """0 to 1."""
+    seconds: float
+    """Training time so far."""
+    seconds_left: float
+    """Forecast from the pace so far."""
+    loss: float
+    dice: float | None
+    """The last online Dice on held-out patches."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a training ends: after `steps`, after `seconds`, or at whichever comes first."""
+
+    steps: int | None
+    seconds: float | None
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """0 at the start, 1 at the end."""
+        by_step = step / self.steps if self.steps else 0.0
+        by_time = elapsed / self.seconds if self.seconds else 0.0
+        return min(1.0, max(by_step, by_time))
+
+
+@dataclass(frozen=True)
+class TrainedFold:
+    """What came of a training."""
+
+    checkpoint: Path
+    steps: int
+    seconds: float
+    finished: bool
+    """False where a stop signal ended it before its budget did."""
+
+
+def train_fold(
+    plan: Plan,
+    configuration: str,
+    fold: str,
+    *,
+    workspace: Workspace,
+    device: str = "auto",
+    seconds: float | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    recipe: str | None = None,
+    previous: Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    on_step: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrainedFold:
+    """Train one fold within `seconds` and/or `steps` (default: what the plan says) and write its folder.
+
+    `previous` is a store with the previous stage's labels (cascade). `stop` is asked after each step; when it says
+    yes the training ends with a valid checkpoint and can be resumed. `resume` goes on where an earlier run stopped.
+    Raises PlanError, CheckpointError, StorageError.
+    """
+    settings = plan.configuration(configuration)
+    folder = workspace.fold(configuration, fold)
+    limits = _limits(settings, seconds=seconds, steps=steps)
+    torch_device = resolve_device(device)
+    recipe_name = recipe or settings.training.recipe
+    if recipe_name not in RECIPES:
+        raise PlanError(unknown_choice("Recipe", recipe_name, RECIPES))
+
+    store = Store(workspace.store(settings.preprocessing))
+    cases = store.cases()
+    split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
+    earlier = Store(previous) if previous is not None else None
+    if (settings.previous_stage is not None) != (earlier is not None):
+        raise PlanError(f"Configuration {configuration} needs the predictions of {settings.previous_stage}.")
+    training = Samples(store, split.train, settings, plan.labels, seed=seed, previous=earlier)
+    held_out = Samples(
+        store, split.validation or split.train, settings, plan.labels,
+        seed=seed + VALIDATION_SEED, augment=False, previous=earlier,
+    )  # fmt: skip
+
+    torch.manual_seed(seed)
+    state = build_training(settings.architecture, plan.labels, RECIPES[recipe_name], torch_device)
+    identity = {"plan": plan.id, "configuration": configuration, "fold": fold, "seed": seed, "recipe": recipe_name}
+    run = _Run(plan, settings, fold, folder, limits, state, identity)
+    run.begin(resume=resume)
+    online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size)
+    return _optimise(
+        run, training, online, device=torch_device, workers=workers, clock=clock, on_step=on_step, stop=stop
+    )
+
+
+def _optimise(
+    run: _Run,
+    samples: Samples,
+    online: OnlineDice,
+    *,
+    device: torch.device,
+    workers: int,
+    clock: Callable[[], float],
+    on_step: Callable[[Progress], None] | None,
+    stop: Callable[[], bool],
+) -> TrainedFold:
+    """The linear story: until the budget is spent, take a batch, take a step, note it, save now and then."""
+    state, limits, precision = run.state, run.limits, autocast_dtype(device)
+    began = clock() - run.elapsed
+    losses: list[Tensor] = []
+    dice: float | None = None
+    validating = 0.0
+    progress = limits.progress(state.step, run.elapsed)
+    next_row = progress + 1 / HISTORY_ROWS
+    last_save, last_saved_progress = run.elapsed, progress
+    stream = batches(samples, batch_size=run.settings.batch_size, first_step=state.step, workers=workers)
+    with contextlib.closing(stream):  # type: ignore[type-var]
+        while progress < 1.0 and not stop():
+            if in_decay(state.recipe.schedule, progress):
+                run.keep_plateau()
+            batch = next(stream)
+            rate = state.recipe.learning_rate * learning_rate_factor(state.recipe.schedule, progress)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            losses.append(training_step(state, batch.image.to(device), batch.label.to(device), precision=precision))
+            run.elapsed = clock() - began
+            progress = limits.progress(state.step, run.elapsed)
+
+            if progress >= next_row or progress >= 1.0:
+                next_row = progress + 1 / HISTORY_ROWS
+                loss = float(torch.stack(losses).mean())
+                losses.clear()
+                _refuse_divergence(loss, run)
+                by_class: tuple[float | None, ...] = (None,) * len(run.plan.labels.names)
+                if validating <= VALIDATION_SHARE * run.elapsed or progress >= 1.0:
+                    start = clock()
+                    by_class = online(state, precision=precision)
+                    validating += clock() - start
+                    seen = [value for value in by_class if value is not None]
+                    dice = float(np.mean(seen)) if seen else None
+                run.history.append(Row(state.step, run.elapsed, progress, rate, loss, _mean(by_class), by_class))
+            due = run.elapsed - last_save >= SAVE_SECONDS and progress - last_saved_progress >= SAVE_SHARE
+            if due:
+                run.save()
+                last_save, last_saved_progress = run.elapsed, progress
+            if on_step is not None:
+                left = run.elapsed * (1 - progress) / progress if progress > 0 else 0.0
+                shown = run.history.rows[-1].loss if run.history.rows else float(losses[-1])
+                on_step(Progress(state.step, limits.steps, progress, run.elapsed, left, shown, dice))
+    run.save()
+    run.history.write()
+    draw_curve(run.history, run.folder / CURVE, title=f"{run.plan.dataset}: {run.settings.name}, fold {run.fold}")
+    return TrainedFold(run.folder / CHECKPOINT, state.step, run.elapsed, finished=progress >= 1.0)
+
+
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    seen = [value for value in values if value is not None]
+    return float(np.mean(seen)) if seen else None
+
+
+def _limits(settings: Configuration, *, seconds: float | None, steps: int | None) -> Limits:
+    """What the user asked for, else what the plan says."""
+    if seconds is None and steps is None:
+        seconds = settings.training.seconds or None
+        steps = None if seconds else settings.training.steps or None
+    if (seconds is None and steps is None) or (seconds or 1) <= 0 or (steps or 1) <= 0:
+        raise PlanError(
+            f"Configuration {settings.name} needs a budget above zero: give --time or --steps, or plan a fold time."
+        )
+    return Limits(steps, seconds)
+
+
+def _refuse_divergence(loss: float, run: _Run) -> None:
+    if not np.isfinite(loss):
+        raise PlanError(
+            f"{run.folder}: the training loss became {loss} at step {run.state.step}; "
+            "look for extreme intensities with `autoseg verify`, or choose another recipe."
+        )
+
+
+class OnlineDice:
+    """Dice of the predicting network on a fixed set of held-out patches: a trend, not a score."""
+
+    def __init__(self, samples: Samples, labels: Labels, *, device: torch.device, batch_size: int) -> None:
+        self.labels, self.device = labels, device
+        size = max(1, min(batch_size, VALIDATION_PATCHES))
+        pairs = [samples[i // size, i % size] for i in range(VALIDATION_PATCHES)]
+        self.images = torch.stack([image for image, _ in pairs]).split(size)
+        self.truth = torch.stack([label for _, label in pairs]).split(size)
+
+    @torch.inference_mode()
+    def __call__(self, state: TrainingState, *, precision: torch.dtype | None) -> tuple[float | None, ...]:
+        """Dice of each structure over all patches together; None where neither shows it."""
+        network = state.predictor
+        was_training = network.training
+        network.eval()
+        overlap = np.zeros(len(self.labels.names))
+        size = np.zeros(len(self.labels.names))
+        for image, truth in zip(self.images, self.truth, strict=True):
+            with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
+                logits = network(image.to(self.device))[0]
+            for i, (predicted, true) in enumerate(_masks(logits.float().cpu(), truth.numpy(), self.labels)):
+                overlap[i] += np.count_nonzero(predicted & true)
+                size[i] += np.count_nonzero(predicted) + np.count_nonzero(true)
+        network.train(was_training)
+        return tuple(float(2 * o / s) if s else None for o, s in zip(overlap, size, strict=True))
+
+
+def _masks(
+    logits: Tensor, truth: NDArray[Any], labels: Labels
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Predicted and true mask of each structure, without the voxels of the ignore label."""
+    valid = truth[:, 0] != labels.ignore if labels.ignore is not None else np.ones_like(truth[:, 0], bool)
+    chosen = None if labels.has_regions else logits.argmax(1).numpy()
+    for i, name in enumerate(labels.names):
+        predicted = logits[:, i].numpy() > 0 if chosen is None else chosen == i + 1
+        yield predicted & valid, labels.mask(truth[:, 0], name) & valid
+
+
+@dataclass
+class _Run:
+    """A training and its files: where it stands, how it is saved and taken up again."""
+
+    plan: Plan
+    settings: Configuration
+    fold: str
+    folder: Path
+    limits: Limits
+    state: TrainingState
+    identity: dict[str, Any]
+    """What a resumed training must share with the one before."""
+    elapsed: float = 0.0
+    plateau: dict[str, Tensor] | None = None
+    """The state before the decay of the learning rate, for a longer training to go on from."""
+    plateau_elapsed: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.history = History(self.folder / HISTORY, self.plan.labels.names)
+
+    def begin(self, *, resume: bool) -> None:
+        """Start afresh, or take up `resume.safetensors`. Raises where that is not what the user asked for."""
+        path = self.folder / RESUME
+        if path.exists() and not resume:
+            raise PlanError(
+                f"{self.folder}: a training of this fold is there already; add --continue to go on with it, "
+                "or delete the folder to begin anew."
+            )
+        if resume and not path.exists():
+            raise CheckpointError(f"{path}: there is no training to continue; leave out --continue to begin one.")
+        if not resume:
+            return
+        tensors, header = load_tensors(path, RESUME_FORMAT)
+        for key, value in self.identity.items():
+            if header.get(key) != value:
+                raise CheckpointError(
+                    f"{path}: this training had {key} {header.get(key)}, now it is {value}; "
+                    "continue with the same, or delete the folder to begin anew."
+                )
+        before, now = header["limits"], {"steps": self.limits.steps, "seconds": self.limits.seconds}
+        prefix, self.elapsed = "now/", float(header["elapsed"])
+        decaying = any(name.startswith("plateau/") for name in tensors)
+        if decaying and before != now:  # another budget: go on from before the decay
+            prefix, self.elapsed = "plateau/", float(header["plateau_elapsed"])
+        elif decaying:
+            self.plateau = {n[len("plateau/") :]: t for n, t in tensors.items() if n.startswith("plateau/")}
+            self.plateau_elapsed = float(header["plateau_elapsed"])
+        chosen = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+        try:
+            _restore(self.state, chosen)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: it does not fit the network of the plan; begin anew.") from error
+        self.history.load(until_step=self.state.step)
+        logger.info("%s: going on from step %d, %.0f s", self.folder, self.state.step, self.elapsed)
+
+    def keep_plateau(self) -> None:
+        """Remember the state at the beginning of the decay (once)."""
+        if self.plateau is None:
+            self.plateau = {name: tensor.clone() for name, tensor in _tensors(self.state).items()}
+            self.plateau_elapsed = self.elapsed
+
+    def save(self) -> None:
+        """Write what to predict with, then what to go on from."""
+        network = self.state.predictor
+        summary = {
+            "steps": self.state.step,
+            "seconds": round(self.elapsed, 1),
+            "finished": self.limits.progress(self.state.step, self.elapsed) >= 1.0,
+            **{key: self.identity[key] for key in ("seed", "recipe")},
+        }
+        weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+        Checkpoint(self.plan, self.settings.name, self.fold, weights, summary).save(self.folder / CHECKPOINT)
+        tensors = {f"now/{name}": tensor for name, tensor in _tensors(self.state).items()}
+        if self.plateau is not None:
+            tensors |= {f"plateau/{name}": tensor for name, tensor in self.plateau.items()}
+        header = {
+            "format": RESUME_FORMAT,
+            **self.identity,
+            "elapsed": self.elapsed,
+            "plateau_elapsed": self.plateau_elapsed,
+            "limits": {"steps": self.limits.steps, "seconds": self.limits.seconds},
+        }
+        save_tensors(self.folder / RESUME, tensors, header)
+
+
+def _tensors(state: TrainingState) -> dict[str, Tensor]:
+    """Everything that a step changes, by name."""
+    tensors = {f"network/{name}": tensor for name, tensor in state.network.state_dict().items()}
+    if state.ema is not None:
+        tensors |= {f"ema/{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for i, entry in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{i}/{key}": torch.as_tensor(value) for key, value in entry.items() if value is not None}
+    tensors["step"] = torch.tensor(state.step)
+    return tensors
+
+
+def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `_tensors`."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+    state.network.load_state_dict(part("network/"))
+    if state.ema is not None:
+        state.ema.load_state_dict(part("ema/"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part("optimizer/").items():
+        i, key = name.split("/")
+        moments.setdefault(int(i), {})[key] = tensor
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    state.step = int(tensors["step"])

@@ -1,0 +1,97 @@
+"""A store and a random generator -> which patch of which case is trained on next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.plan import Shape
+from autoseg.preprocessing.store import Store, StoreEntry
+from autoseg.training.settings import FOREGROUND_FRACTION
+
+ANNOTATED = "annotated"  # key of the coordinates of annotated voxels, where there is an ignore label
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Where a patch is taken; `start` may lie before, and the end behind, the image (padded there)."""
+
+    case: str
+    start: Shape
+    """First voxel (z, y, x) on the case's preprocessed grid."""
+
+
+class PatchSampler:
+    """Draws patches; a pure function of the generator it is given.
+
+    A third of each batch is centred on foreground (nnU-Net). For these the class is drawn first, in proportion to the
+    square root of the number of cases that show it, then a case that shows it, then one of its voxels: a class that
+    few cases have gets its turn without its cases crowding out the others. All other patches lie anywhere in a case
+    drawn evenly or, with an ignore label, around an annotated voxel.
+    """
+
+    def __init__(self, store: Store, cases: Sequence[str], *, batch_size: int) -> None:
+        self.cases = tuple(sorted(cases))
+        self.entries: Mapping[str, StoreEntry] = {case: store.entry(case) for case in self.cases}
+        present: dict[str, list[str]] = {}
+        for case in self.cases:
+            for name in self.entries[case].present:
+                present.setdefault(name, []).append(case)
+        self.annotated = present.pop(ANNOTATED, [])
+        self.having = {name: tuple(cases) for name, cases in sorted(present.items())}
+        weights = np.sqrt([len(cases) for cases in self.having.values()])
+        self.weights = weights / weights.sum() if len(weights) else weights
+        self.forced_from = batch_size - max(1, round(batch_size * FOREGROUND_FRACTION)) if batch_size > 1 else 1
+
+    def draw(self, generator: np.random.Generator, *, index: int, size: Shape) -> Patch:
+        """A patch of `size` voxels for position `index` of a batch."""
+        forced = index >= self.forced_from or (self.forced_from == 1 and generator.random() < FOREGROUND_FRACTION)
+        if forced and self.having:
+            name = tuple(self.having)[generator.choice(len(self.having), p=self.weights)]
+            case = _pick(self.having[name], generator)
+            return self._around(case, name, generator, size)
+        if self.annotated:
+            return self._around(_pick(self.annotated, generator), ANNOTATED, generator, size)
+        case = _pick(self.cases, generator)
+        shape = self.entries[case].shape
+        start = [_start_within(n, s, generator) for n, s in zip(shape, size, strict=True)]
+        return Patch(case, (start[0], start[1], start[2]))
+
+    def _around(self, case: str, name: str, generator: np.random.Generator, size: Shape) -> Patch:
+        entry = self.entries[case]
+        voxels = entry.foreground(name)
+        centre = voxels[generator.integers(len(voxels))]
+        start = [_clip_start(int(c) - s // 2, n, s) for c, n, s in zip(centre, entry.shape, size, strict=True)]
+        return Patch(case, (start[0], start[1], start[2]))
+
+
+def _pick(names: Sequence[str], generator: np.random.Generator) -> str:
+    return names[generator.integers(len(names))]
+
+
+def _start_within(shape: int, size: int, generator: np.random.Generator) -> int:
+    """Anywhere inside; centred where the image is smaller than the patch."""
+    return int(generator.integers(shape - size + 1)) if shape > size else -((size - shape) // 2)
+
+
+def _clip_start(start: int, shape: int, size: int) -> int:
+    """Moved inside the image, so that no patch is spent on padding; centred where the image is smaller."""
+    return min(max(start, 0), shape - size) if shape > size else -((size - shape) // 2)
+
+
+def read_patch(entry: StoreEntry, name: str, start: Shape, size: Shape) -> NDArray[np.generic]:
+    """The array `name` of a case in a box that may reach outside (zeros there): (C, *size)."""
+    box, inside = [], []
+    for first, length, shape in zip(start, size, entry.shape, strict=True):
+        low, high = max(first, 0), min(first + length, shape)
+        box.append(slice(low, high))
+        inside.append(slice(low - first, high - first))
+    part = entry.read(name, (box[0], box[1], box[2]))
+    if part.shape[1:] == tuple(size):
+        return part
+    whole = np.zeros((part.shape[0], *size), part.dtype)
+    whole[(slice(None), *inside)] = part
+    return whole

@@ -1,5 +1,7 @@
 """Package metadata. The stage folders stand at the top level and are installed as `autoseg.<stage>`."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 STAGES = ("experiment_planning", "preprocessing", "training", "inference")
@@ -8,7 +10,7 @@ setup(
     name="autoseg",
     version="0.1.0",
     description="Self-configuring segmentation of medical images: a folder of labelled images in, a model out.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -93,7 +93,7 @@ def measure(
     folder: Path | None = None,
     check: bool = True,
 ) -> Measurement:
-    """Run a command to its end; `environment` is added to this process's. Raises RuntimeError where it fails and `check`."""
+    """Run a command to its end; `environment` is added to this one. With `check`, RuntimeError where it fails."""
     words = [str(word) for word in command]
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()

@@ -7,7 +7,7 @@ right, mixes up axes or ignores the orientation of a file scores visibly worse.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from autoseg.dataset import DATASET_JSON
 from autoseg.files import write_json
+from autoseg.geometry import Flips, Permutation, turn_array, turn_grid
 from autoseg.image import Grid, Image, write_image
 
 NAME = "Dataset900_Demo"
@@ -79,8 +80,10 @@ def synthetic_case(random: np.random.Generator, index: int, *, shape: Shape, spa
     if index % 4 == 3:
         voxels, label = _zero_border(voxels), _zero_border(label)
     image = Image(voxels[None], grid), Image(label[None], grid)
-    stored = [_reoriented(part, ORIENTATIONS[(index // 3) % len(ORIENTATIONS)]) for part in image]
-    return (stored[0], stored[1]) if index % 3 == 2 else image
+    if index % 3 == 2:
+        turn = ORIENTATIONS[(index // 3) % len(ORIENTATIONS)]
+        return _reoriented(image[0], *turn), _reoriented(image[1], *turn)
+    return image
 
 
 @dataclass(frozen=True)
@@ -204,30 +207,18 @@ def _varied_grid(random: np.random.Generator, shape: Shape, spacing: Triple) -> 
     )
 
 
-# (order of the axes, axes that are flipped before): x reversed; feet first; slices stored last, y reversed
-ORIENTATIONS: tuple[tuple[Shape, tuple[int, ...]], ...] = (((0, 1, 2), (2,)), ((0, 1, 2), (0, 1)), ((1, 2, 0), (1,)))
+# (new order of the axes, which are reversed then): x reversed; feet first, y reversed; slices last, as sagittal files
+ORIENTATIONS: tuple[tuple[Permutation, Flips], ...] = (
+    ((0, 1, 2), (False, False, True)),
+    ((0, 1, 2), (True, True, False)),
+    ((1, 2, 0), (True, False, False)),
+)
 
 
-def _reoriented(image: Image, orientation: tuple[Shape, tuple[int, ...]]) -> Image:
+def _reoriented(image: Image, permutation: Permutation, flips: Flips) -> Image:
     """The same voxels at the same places in the world, stored in another order."""
-    order, flipped = orientation
-    grid = image.grid
-    direction, origin = np.array(grid.direction), np.array(grid.origin)
-    for axis in flipped:
-        origin = origin + direction[:, axis] * grid.spacing[axis] * (grid.shape[axis] - 1)
-        direction[:, axis] = 0.0 - direction[:, axis]
-    array = np.flip(image.array, [axis + 1 for axis in flipped]).transpose(0, *[axis + 1 for axis in order])
-    turned = direction[:, list(order)]
-    return Image(
-        np.ascontiguousarray(array),
-        replace(
-            grid,
-            shape=(array.shape[1], array.shape[2], array.shape[3]),
-            spacing=(grid.spacing[order[0]], grid.spacing[order[1]], grid.spacing[order[2]]),
-            origin=(float(origin[0]), float(origin[1]), float(origin[2])),
-            direction=tuple(tuple(float(v) for v in row) for row in turned),  # type: ignore[arg-type]
-        ),
-    )
+    array = np.ascontiguousarray(turn_array(image.array, permutation, flips))
+    return Image(array, turn_grid(image.grid, permutation, flips))
 
 
 def _zero_border(array: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -57,15 +57,20 @@ METRICS = {
 
 
 def score_masks(
-    prediction: Mask, reference: Mask, spacing: Triple, *, tolerance_mm: float = TOLERANCE_MM
+    prediction: Mask,
+    reference: Mask,
+    spacing: Triple,
+    *,
+    tolerance_mm: float = TOLERANCE_MM,
+    plane: bool | None = None,
 ) -> dict[str, float]:
     """Every score of METRICS for one structure of one case.
 
-    The work is done inside the box that holds both masks, once for all scores. Raises ValueError where the shapes
-    differ.
+    The work is done inside the box that holds both masks, once for all scores. `plane` says whether the image that
+    the masks were cut from is a plane; None: it is where Z = 1. Raises ValueError where the shapes differ.
     """
     _check_shapes(prediction, reference)
-    plane = prediction.shape[0] == 1
+    plane = prediction.shape[0] == 1 if plane is None else plane
     box = union_box(prediction, reference)
     prediction, reference = prediction[box], reference[box]
     surfaces = _surface_distances(prediction, reference, spacing, plane=plane)

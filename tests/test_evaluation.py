@@ -1,0 +1,205 @@
+"""Folders of predictions are scored case by case, and what cannot be scored is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autoseg.errors import PredictionError
+from autoseg.image import Grid, Image, write_image
+from autoseg.inference.evaluation import Pair, evaluate_folders, evaluate_pairs
+from autoseg.labels import Labels
+
+SPACING = (3.0, 1.0, 1.0)
+LABELS = {"background": 0, "organ": 1, "lesion": 2}
+
+
+def label_map(*, shape=(6, 12, 12), shift=0, lesion=True) -> np.ndarray:
+    array = np.zeros(shape, np.uint8)
+    array[1:5, 2:8, 2 + shift : 8 + shift] = 1
+    if lesion:
+        array[2:4, 3:5, 3 + shift : 5 + shift] = 2
+    return array
+
+
+def write(path: Path, array: np.ndarray, *, spacing=SPACING, origin=(0.0, 0.0, 0.0)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(Image(array[None], Grid(array.shape, spacing, origin)), path)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Four predictions, shifted by 0, 1, 2, 3 mm against their references; dataset.json above the references."""
+    for case in range(4):
+        write(tmp_path / "labelsTr" / f"case_{case}.nii.gz", label_map())
+        write(tmp_path / "predictions" / f"case_{case}.nii.gz", label_map(shift=case))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": LABELS}))
+    return tmp_path / "predictions", tmp_path / "labelsTr"
+
+
+def test_classes_are_named_and_scored_as_the_shift_says(folders):
+    evaluation = evaluate_folders(*folders)
+    assert evaluation.classes == ("organ", "lesion")
+    assert evaluation.complete
+    assert evaluation.cases["case_0"]["organ"]["dice"] == 1
+    assert evaluation.cases["case_1"]["lesion"]["dice"] == pytest.approx(0.5)
+    assert evaluation.cases["case_2"]["lesion"]["dice"] == 0
+    assert evaluation.cases["case_3"]["lesion"]["hd95"] == pytest.approx(3)
+    assert evaluation.cases["case_3"]["organ"]["volume_error_ml"] == 0
+    assert evaluation.ranking() == ("case_0", "case_1", "case_2", "case_3")
+    lesion = [scores["lesion"]["dice"] for scores in evaluation.cases.values()]
+    assert evaluation.by_class["lesion"]["dice"].mean == pytest.approx(np.mean(lesion))
+    assert evaluation.by_class["lesion"]["dice"].median == pytest.approx(np.median(lesion))
+    assert evaluation.mean["dice"].mean == pytest.approx(
+        np.mean([evaluation.by_class[name]["dice"].mean for name in evaluation.classes])
+    )
+
+
+def test_workers_change_nothing(folders):
+    assert evaluate_folders(*folders, workers=2) == evaluate_folders(*folders, workers=1)
+
+
+def test_json_has_no_nan_and_keeps_the_scores(folders, tmp_path):
+    write(folders[0] / "case_1.nii.gz", label_map(lesion=False))
+    write(folders[1] / "case_1.nii.gz", label_map(lesion=False))  # nothing to score: nan
+    write(folders[0] / "case_2.nii.gz", label_map(lesion=False))  # lesion missed: infinite distance
+    evaluation = evaluate_folders(*folders)
+    evaluation.save(tmp_path / "summary.json")
+    text = (tmp_path / "summary.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    summary = json.loads(text)
+    assert summary["cases"]["case_1"]["lesion"]["dice"] is None
+    assert summary["cases"]["case_2"]["lesion"]["hd95"] is None
+    assert summary["by_class"]["lesion"]["hd95"]["infinite"] == 1
+    assert summary["by_class"]["lesion"]["dice"]["cases"] == 3
+    assert summary["mean"]["dice"]["mean"] == pytest.approx(evaluation.mean["dice"].mean)
+    assert "empty: lesion 1" in evaluation.table()
+
+
+def test_the_table_shows_every_class_with_its_interval(folders):
+    lines = evaluate_folders(*folders).table().splitlines()
+    assert "Dice" in lines[0] and "HD95 [mm]" in lines[0]
+    assert [line.split()[0] for line in lines[1:7:2]] == ["organ", "lesion", "mean"]
+    assert ".." in lines[2]
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_more_cases(tmp_path):
+    spread = []
+    for count in (6, 60):
+        pairs = []
+        for case in range(count):
+            reference = write(tmp_path / f"r{count}_{case}.nii.gz", label_map())
+            pairs.append(
+                Pair(str(case), write(tmp_path / f"p{count}_{case}.nii.gz", label_map(shift=case % 3)), reference)
+            )
+        dice = evaluate_pairs(pairs, labels=Labels.from_json(LABELS)).mean["dice"]
+        assert dice.low < dice.mean < dice.high
+        spread.append(dice.high - dice.low)
+    assert spread[1] < spread[0] / 2
+
+
+def test_without_dataset_json_every_value_is_a_class(folders):
+    (folders[1].parent / "dataset.json").unlink()
+    write(folders[0] / "case_0.nii.gz", np.where(label_map() == 2, 7, label_map()).astype(np.uint8))
+    evaluation = evaluate_folders(*folders)
+    assert evaluation.classes == ("1", "2", "7")
+    assert evaluation.cases["case_0"]["7"]["dice"] == 0
+    assert math.isnan(evaluation.cases["case_1"]["7"]["dice"])
+
+
+def test_regions_are_scored_as_unions(folders):
+    labels = Labels.from_json({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
+    scores = evaluate_folders(*folders, labels=labels).cases["case_1"]
+    shifted, original = label_map(shift=1) > 0, label_map() > 0
+    assert scores["whole"]["dice"] == pytest.approx(2 * (shifted & original).sum() / (shifted.sum() + original.sum()))
+
+
+def test_voxels_with_the_ignore_label_do_not_count(folders):
+    labels = Labels.from_json({"background": 0, "organ": 1, "lesion": 2, "ignore": 3})
+    reference = label_map()
+    reference[:, :, 8:] = 3  # nobody annotated what the shifted prediction has beyond the organ
+    write(folders[1] / "case_1.nii.gz", reference)
+    scores = evaluate_folders(*folders, labels=labels).cases["case_1"]
+    union = (label_map(shift=1) > 0) & (reference != 3), label_map() > 0
+    expected = 2 * (union[0] & (label_map() == 1) & (label_map(shift=1) == 1)).sum()
+    total = ((label_map(shift=1) == 1) & (reference != 3)).sum() + (label_map() == 1).sum()
+    assert scores["organ"]["dice"] == pytest.approx(expected / total)
+    assert scores["organ"]["volume_error_ml"] < 0
+
+
+def test_what_cannot_be_scored_is_named_and_the_rest_is_finished(folders):
+    predictions, references = folders
+    write(predictions / "case_0.nii.gz", label_map(shape=(6, 12, 13)))
+    (predictions / "case_1.nii.gz").write_bytes(b"broken")
+    (predictions / "case_2.nii.gz").unlink()
+    write(predictions / "other.nii.gz", label_map())
+    (predictions / "best.png").write_bytes(b"a picture is no prediction")
+    evaluation = evaluate_folders(predictions, references)
+    assert list(evaluation.cases) == ["case_3"]
+    assert not evaluation.complete
+    assert "6x12x13" in evaluation.failed["case_0"] and "6x12x12" in evaluation.failed["case_0"]
+    assert "case_1" in evaluation.failed["case_1"]
+    assert evaluation.missing == ("case_2",) and evaluation.extra == ("other",)
+    assert len(evaluation.problems()) == 4
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "words"),
+    [
+        (label_map(), {"origin": (0.0, 5.0, 0.0)}, "lies elsewhere in the world"),
+        (label_map(), {"spacing": (1.0, 1.0, 1.0)}, "lies elsewhere in the world"),
+        (label_map().astype(np.float32) / 2, {}, "must be a whole number"),
+        (label_map() * np.int16(-1), {}, "labels start at 0"),
+        (label_map() * np.uint8(3), {}, "dataset.json does not know; it lists 0, 1, 2"),
+    ],
+)
+def test_a_prediction_that_does_not_fit_is_refused_in_a_sentence(folders, array, options, words):
+    write(folders[0] / "case_0.nii.gz", array, **options)
+    evaluation = evaluate_folders(*folders)
+    assert words in evaluation.failed["case_0"] and "case_0" in evaluation.failed["case_0"]
+    assert len(evaluation.cases) == 3
+
+
+def test_whole_numbers_stored_as_floats_are_labels(folders):
+    write(folders[0] / "case_0.nii.gz", label_map().astype(np.float32))
+    assert evaluate_folders(*folders).cases["case_0"]["organ"]["dice"] == 1
+
+
+def test_two_files_are_compared_whatever_their_names(folders, tmp_path):
+    other = write(tmp_path / "mine.nii.gz", label_map(shift=1))
+    evaluation = evaluate_folders(other, folders[1] / "case_0.nii.gz")
+    assert evaluation.cases["case_0"]["lesion"]["dice"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("predictions", ["nowhere", "empty", "others"])
+def test_folders_without_anything_to_compare_are_refused(folders, tmp_path, predictions):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "others" / "stranger.nii.gz", label_map())
+    with pytest.raises(PredictionError, match=predictions):
+        evaluate_folders(tmp_path / predictions, folders[1])
+
+
+def test_planes_are_scored(tmp_path):
+    reference = np.zeros((1, 20, 20), np.uint8)
+    reference[0, 5:15, 5:15] = 1
+    for folder, array in (("a", np.roll(reference, 2, axis=2)), ("b", reference)):
+        path = tmp_path / folder / "plane.png"
+        path.parent.mkdir()
+        write_image(Image(array[None], Grid((1, 20, 20), dimensions=2)), path)
+    scores = evaluate_folders(tmp_path / "a", tmp_path / "b").cases["plane"]["1"]
+    assert scores["dice"] == pytest.approx(0.8)
+    assert scores["hd95"] == pytest.approx(2)
+
+
+def test_sparse_label_values_are_found(tmp_path):
+    array = label_map().astype(np.uint16) * 30000
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "case.nii.gz", array)
+    scores = evaluate_folders(tmp_path / "a", tmp_path / "b").cases["case"]
+    assert list(scores) == ["30000", "60000"]
+    assert scores["60000"]["dice"] == scores["30000"]["dice"] == 1

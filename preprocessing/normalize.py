@@ -1,0 +1,128 @@
+"""One channel of raw intensities and its `Normalization` -> intensities a network can learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.errors import PlanError, unknown_choice
+from autoseg.image import Triple
+from autoseg.plan import Normalization
+
+Volume = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+BIAS_CORRECTION = "n4+"  # before a scheme's name: the bias field is corrected first
+SMALLEST_SPREAD = 1e-8  # below it a channel counts as constant and is only shifted, never divided by almost nothing
+N4_VOXELS = 128**3  # the bias field is smooth: it is fitted on about this many voxels at most
+RGB_MAXIMUM = 255.0
+
+
+def normalize(
+    volume: NDArray[Any], normalization: Normalization, *, nonzero: Callable[[], Mask], spacing: Triple
+) -> Volume:
+    """The channel `volume` (Z, Y, X) of any numeric type, normalised as `normalization` says: float32, same shape.
+
+    `nonzero` gives the mask (Z, Y, X) of the voxels that belong to the image, for the schemes that ask for it;
+    `spacing` (z, y, x) is in mm. A constant channel becomes a constant, never NaN. Raises PlanError for an unknown
+    scheme.
+    """
+    corrects_bias = normalization.scheme.startswith(BIAS_CORRECTION)
+    scheme = normalization.scheme.removeprefix(BIAS_CORRECTION)
+    if scheme not in NORMALIZERS:
+        raise PlanError(unknown_choice("Normalization scheme", normalization.scheme, NORMALIZERS))
+    result = np.array(volume, dtype=np.float32)
+    if corrects_bias:
+        result = correct_bias_field(result, nonzero(), spacing)
+    return NORMALIZERS[scheme](result, normalization, nonzero)
+
+
+def _ct(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
+    """Clip to the percentiles of the dataset's foreground, then its z-score: a CT value means the same in every scan."""
+    np.clip(volume, n.lower, n.upper, out=volume)
+    volume -= n.mean
+    return _divide(volume, n.std)
+
+
+def _zscore(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
+    """Mean 0 and standard deviation 1 over the whole image."""
+    mean, std = _moments(volume)
+    volume -= mean
+    return _divide(volume, std)
+
+
+def _masked_zscore(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
+    """Mean 0 and standard deviation 1 inside the nonzero mask; 0 outside of it (skull-stripped brains)."""
+    mask = nonzero()
+    if mask.any():
+        mean, std = _moments(volume[mask])
+        volume -= mean
+        _divide(volume, std)
+    volume[~mask] = 0
+    return volume
+
+
+def _none(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
+    """The intensities as they are."""
+    return volume
+
+
+def _rescale(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
+    """From 0 at the image's minimum to 1 at its maximum."""
+    volume -= volume.min()
+    return _divide(volume, float(volume.max()))
+
+
+def _rgb(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
+    """8-bit colours to 0..1."""
+    return _divide(volume, RGB_MAXIMUM)
+
+
+NORMALIZERS: dict[str, Callable[[Volume, Normalization, Callable[[], Mask]], Volume]] = {
+    "ct": _ct,
+    "zscore": _zscore,
+    "masked_zscore": _masked_zscore,
+    "none": _none,
+    "rescale": _rescale,
+    "rgb": _rgb,
+}
+
+
+def _moments(values: NDArray[np.float32]) -> tuple[float, float]:
+    # float32 sums of a big volume lose digits; one slice at a time in float64 keeps memory small
+    mean = float(values.mean(dtype=np.float64))
+    squares = sum(float(np.square(part - np.float32(mean), dtype=np.float64).sum()) for part in np.atleast_2d(values))
+    return mean, (squares / values.size) ** 0.5
+
+
+def _divide(volume: Volume, by: float) -> Volume:
+    volume /= max(by, SMALLEST_SPREAD) if by > SMALLEST_SPREAD else 1.0
+    return volume
+
+
+def correct_bias_field(volume: Volume, mask: Mask, spacing: Triple) -> Volume:
+    """`volume` (Z, Y, X) float32 divided by its slowly varying bias field (N4ITK, Tustison et al. 2010).
+
+    The field is fitted inside `mask` on a thinned grid and evaluated on the full one; `spacing` (z, y, x) in mm.
+    Outside the mask, and where nothing can be fitted (a constant or an empty image), intensities stay as they are.
+    """
+    import SimpleITK as sitk
+
+    if not mask.any() or float(np.ptp(volume[mask])) <= SMALLEST_SPREAD:
+        return volume
+    lowest = float(volume[mask].min())
+    # N4 works on logarithms: intensities must be positive
+    shift = 1.0 - lowest if lowest <= 0 else 0.0
+    factor = max(1, round((volume.size / N4_VOXELS) ** (1 / 3)))
+    image, region = sitk.GetImageFromArray(volume + np.float32(shift)), sitk.GetImageFromArray(mask.astype(np.uint8))
+    for grid in (image, region):
+        grid.SetSpacing(spacing[::-1])
+    shrink = [min(factor, size) for size in image.GetSize()]
+    corrector = sitk.N4BiasFieldCorrectionImageFilter()
+    corrector.Execute(sitk.Shrink(image, shrink), sitk.Shrink(region, shrink))
+    field = np.exp(sitk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(image)))
+    corrected = (volume + np.float32(shift)) / field - np.float32(shift)
+    return np.where(mask, corrected, volume).astype(np.float32)

@@ -136,8 +136,8 @@ def read_case_noting(case: Case, dataset: RawDataset) -> tuple[Image, Image | No
     """`read_case`, and what is not right but can be used: sentences without the name of the case."""
     notes: list[str] = []
     try:
-        image = _read_channels(case, dataset, notes)
-        label = _read_label(case, image.grid, dataset.labels, notes) if case.label is not None else None
+        image = read_channels(case, dataset, notes)
+        label = None if case.label is None else read_label(case, image.grid, dataset, notes)
     except DatasetError as error:
         raise DatasetError(f"Case {case.identifier}: {error}") from error
     return image, label, tuple(notes)
@@ -292,8 +292,11 @@ def _all_problems(listing: Listing) -> str:
 # ---- voxels of one case
 
 
-def _read_channels(case: Case, dataset: RawDataset, notes: list[str]) -> Image:
-    """All channels (C, Z, Y, X) as float32 on the grid of the first."""
+def read_channels(case: Case, dataset: RawDataset, notes: list[str]) -> Image:
+    """All channels (C, Z, Y, X) as float32 on the grid of the first; what is odd but usable is added to `notes`.
+
+    Raises DatasetError naming the file.
+    """
     files, expected = case.images, len(dataset.channels)
     if len(files) not in (1, expected):
         raise DatasetError(f"{len(files)} image files, expected {expected} ({', '.join(dataset.channels)}).")
@@ -379,33 +382,35 @@ def _rounded(values: Any) -> str:
     return "(" + ", ".join(f"{float(value):.6g}" for value in values) + ")"
 
 
-def _read_label(case: Case, grid: Grid, labels: Labels, notes: list[str]) -> Image:
-    """The label (1, Z, Y, X) int16 on the image's grid."""
+def read_label(case: Case, grid: Grid | None, dataset: RawDataset, notes: list[str]) -> Image:
+    """The label (1, Z, Y, X) int16 on the image's `grid` (None: not to be compared); oddities are added to `notes`.
+
+    Raises DatasetError naming the file.
+    """
     assert case.label is not None
-    path = case.label
+    path, known = case.label, dataset.labels.known_values
     label = read_image(path)
     if label.channels != 1:
         raise DatasetError(
             f"{path}: the label has {label.channels} components a voxel, expected 1; save it as one channel of "
             "integers."
         )
-    _check_same_place(path, label.grid, case.images[0], grid, notes)
+    if grid is not None:
+        _check_same_place(path, label.grid, case.images[0], grid, notes)
     array = label.array
     if array.dtype.kind == "f":
         _check_finite(path, array)
         array = _whole_numbers(path, array)
         notes.append(f"{path}: the label holds whole numbers as {label.array.dtype}; taken as integers")
     values = label_values(array)
-    unknown = sorted(set(values) - set(labels.known_values))
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise DatasetError(
             f"{path}: label value{'s' if len(unknown) > 1 else ''} {_listed(unknown)} "
-            f"({sum(values[value] for value in unknown)} voxels) not in {DATASET_JSON}, expected "
-            f"{_listed(labels.known_values)}; correct the label or name the value."
+            f"({sum(values[value] for value in unknown)} voxels) not in {DATASET_JSON}, expected {_listed(known)}; "
+            "correct the label or name the value."
         )
-    if not set(values) & set(labels.foreground_values):
-        notes.append(f"{path}: the label has no foreground voxel")
-    return Image(array.astype(np.int16), grid)
+    return Image(array.astype(np.int16), grid or label.grid)
 
 
 def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[np.int32]:

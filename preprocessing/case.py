@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from autoseg.preprocessing.normalize import normalize
-from autoseg.preprocessing.resample import resample_image, resample_label
 from numpy.typing import NDArray
 
 from autoseg.errors import AutosegError, DatasetError, StorageError
@@ -33,6 +31,8 @@ from autoseg.geometry import (
 from autoseg.image import Grid, Image
 from autoseg.labels import Labels
 from autoseg.plan import PreprocessingSettings, from_json, to_json
+from autoseg.preprocessing.normalize import normalize
+from autoseg.preprocessing.resample import resample_image, resample_label
 
 Shape = tuple[int, int, int]
 
@@ -135,8 +135,7 @@ def find_geometry(image: Image, settings: PreprocessingSettings) -> CaseGeometry
     permutation, flips = canonical_axes(image.grid.direction)
     permutation, flips = reorder_axes(permutation, flips, settings.axis_order)
     turned = turn_array(image.array, permutation, flips)
-    shape: Shape = turned.shape[1:]  # type: ignore[assignment]  # numpy's shapes have no length
-    box = nonzero_box(turned) if settings.crop_to_nonzero else whole_box(shape)
+    box = nonzero_box(turned) if settings.crop_to_nonzero else whole_box(turned.shape[1:])
     z, y, x = ((side.start, side.stop) for side in box)
     geometry = CaseGeometry(image.grid, permutation, flips, (z, y, x), box_shape(box))
     cropped = geometry.cropped
@@ -162,17 +161,19 @@ def place(array: NDArray[Any], geometry: CaseGeometry, fill: float) -> NDArray[A
     Voxels outside of the crop get `fill`. Same dtype.
     """
     turned = np.full((array.shape[0], *geometry.turned.shape), fill, dtype=array.dtype)
-    turned[(slice(None), *geometry.box)] = array
+    inside = (slice(None), *geometry.box)
+    turned[inside] = array
     return np.ascontiguousarray(turn_array_back(turned, geometry.permutation, geometry.flips))
 
 
 def _cut(array: NDArray[Any], geometry: CaseGeometry) -> NDArray[Any]:
     """A view of `array` (C, Z, Y, X) on the original grid: turned and cropped."""
-    return turn_array(array, geometry.permutation, geometry.flips)[(slice(None), *geometry.box)]
+    inside = (slice(None), *geometry.box)
+    return turn_array(array, geometry.permutation, geometry.flips)[inside]
 
 
 def _nonzero_mask(array: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where any channel of `array` (C, Z, Y, X) is not zero: (Z, Y, X). Enclosed zeros count: they belong to the brain."""
+    """Where any channel of `array` (C, Z, Y, X) is not zero: (Z, Y, X). Enclosed zeros count too."""
     from scipy import ndimage
 
     empty, _ = ndimage.label(~(array != 0).any(axis=0))

@@ -41,7 +41,7 @@ def normalize(
 
 
 def _ct(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
-    """Clip to the percentiles of the dataset's foreground, then its z-score: a CT value means the same in every scan."""
+    """Clip to the percentiles of the dataset's foreground, then z-score: a CT value means the same in every scan."""
     np.clip(volume, n.lower, n.upper, out=volume)
     volume -= n.mean
     return _divide(volume, n.std)

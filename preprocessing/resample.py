@@ -42,8 +42,8 @@ def resample_label(array: NDArray[Any], shape: Shape, values: Sequence[int] | No
     """`array` (1, Z, Y, X) of integers from 0 on a grid of `shape` voxels over the same extent: (1, *shape).
 
     Each value's 0/1 mask is interpolated linearly along all three axes, and every output voxel takes the value with
-    the largest share, the smaller value in a tie. Keeps the dtype. `values` are those that may occur (default: those that do); others
-    count as background. One mask is held at a time, and only over the box in which its value occurs.
+    the largest share, the smaller value in a tie. Keeps the dtype. `values` are those that may occur (default: those
+    that do); others count as background. One mask is held at a time, and only over the box in which its value occurs.
     """
     if array.shape[1:] == tuple(shape):
         return array.copy()

@@ -1,0 +1,194 @@
+"""Raw dataset + plan -> one store of preprocessed cases for each distinct preprocessing among the configurations.
+
+Cases are worked on in parallel, one at a time in each worker, and read once for all stores. What is finished and
+still up to date is skipped, so that an interrupted run goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoseg.dataset import Case, RawDataset, read_case
+from autoseg.errors import AutosegError, DatasetError, StorageError
+from autoseg.executor import map_cases
+from autoseg.files import storage_error
+from autoseg.labels import Labels
+from autoseg.plan import Plan, PreprocessingSettings, to_json
+from autoseg.preprocessing.case import preprocess_case
+from autoseg.preprocessing.store import ANNOTATED, Store
+from autoseg.workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+MOST_COORDINATES = 10_000  # foreground voxels kept for each class and case: enough to draw patches from for a training
+SEED = 1234
+
+
+def preprocess(
+    dataset: RawDataset,
+    plan: Plan,
+    workspace: Workspace,
+    *,
+    configurations: Sequence[str] | None = None,
+    workers: int = 1,
+    drop_cases: Collection[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Preprocess every training case for every named configuration (default: all of the plan).
+
+    `drop_cases` are left out. `progress(done, total)` is called after each case. Raises DatasetError naming every
+    broken case at once; the sound ones are finished by then, so that a second run only does what is missing.
+    """
+    names = list(configurations or [configuration.name for configuration in plan.configurations])
+    targets = _targets(plan, workspace, names)
+    cases = [case for case in dataset.cases if case.identifier not in set(drop_cases)]
+    for target in targets:
+        _tidy(target, {case.identifier for case in cases})
+    todo = [(case, missing) for case in cases if (missing := _missing(case, targets, plan.labels))]
+    log.info("preprocessing %d cases, %d are up to date", len(todo), len(cases) - len(todo))
+    done = len(cases) - len(todo)
+    broken: dict[str, Exception] = {}
+    results = map_cases(
+        functools.partial(preprocess_and_store, dataset=_without_cases(dataset), labels=plan.labels),
+        todo,
+        workers=workers,
+        names=[case.identifier for case, _ in todo],
+    )
+    for index, result in results:
+        if isinstance(result, StorageError):
+            raise result  # a full disk or a forbidden folder hits every case alike
+        if isinstance(result, AutosegError):
+            broken[todo[index][0].identifier] = result
+        elif isinstance(result, Exception):
+            raise result
+        done += 1
+        if progress is not None:
+            progress(done, len(cases))
+    if broken:
+        raise DatasetError(_broken_cases(broken))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One store to fill and the settings that it stands for."""
+
+    folder: Path
+    settings: PreprocessingSettings
+
+
+def preprocess_and_store(item: tuple[Case, tuple[Target, ...]], *, dataset: RawDataset, labels: Labels) -> None:
+    """Read one raw case and write it to each of the given stores. Runs in a worker process."""
+    case, targets = item
+    image, label = read_case(case, dataset)
+    for target in targets:
+        try:
+            done = preprocess_case(image, label, target.settings, labels)
+        except DatasetError as error:
+            raise DatasetError(f"Case {case.identifier}: {error}") from error
+        arrays: dict[str, NDArray[Any]] = {"image": done.image}
+        foreground: dict[str, NDArray[np.int32]] = {}
+        if done.label is not None:
+            arrays["label"] = done.label
+            foreground = sample_foreground(done.label, labels)
+        store = Store(target.folder)
+        store.write(case.identifier, arrays, done.geometry, foreground, source=_source(case, labels))
+
+
+def sample_foreground(label: NDArray[Any], labels: Labels) -> dict[str, NDArray[np.int32]]:
+    """Voxels (N, 3) int32 (z, y, x) of each class or region in `label` (1, Z, Y, X), at most MOST_COORDINATES each.
+
+    With an ignore label, "annotated" holds voxels that are not ignored. A fixed seed draws them.
+    """
+    volume = label[0]
+    masks: dict[str, Callable[[NDArray[Any]], NDArray[np.bool_]]] = {
+        name: functools.partial(labels.mask, name=name) for name in labels.names
+    }
+    if labels.ignore is not None:
+        masks[ANNOTATED] = functools.partial(np.not_equal, labels.ignore)
+    return {name: _sample(volume, mask) for name, mask in masks.items()}
+
+
+def _sample(volume: NDArray[Any], mask: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> NDArray[np.int32]:
+    """Voxels of `volume` (Z, Y, X) where `mask` holds; plane by plane, because a list of all of them may be huge."""
+    counts = np.array([np.count_nonzero(mask(plane)) for plane in volume])
+    total = int(counts.sum())
+    ranks = np.arange(total)
+    if total > MOST_COORDINATES:
+        ranks = np.sort(np.random.default_rng(SEED).choice(total, MOST_COORDINATES, replace=False))
+    ends = np.cumsum(counts)
+    parts = []
+    for z in np.flatnonzero(counts):
+        chosen = ranks[np.searchsorted(ranks, ends[z] - counts[z]) : np.searchsorted(ranks, ends[z])]
+        y, x = np.divmod(np.flatnonzero(mask(volume[z]))[chosen - (ends[z] - counts[z])], volume.shape[2])
+        parts.append(np.stack([np.full_like(y, z), y, x], axis=1))
+    return np.concatenate(parts).astype(np.int32) if parts else np.empty((0, 3), dtype=np.int32)
+
+
+def _targets(plan: Plan, workspace: Workspace, configurations: Sequence[str]) -> list[Target]:
+    """The distinct stores of these configurations."""
+    settings = [plan.configuration(name).preprocessing for name in configurations]
+    return list({s.store_id: Target(workspace.store(s), s) for s in settings}.values())
+
+
+def _tidy(target: Target, identifiers: set[str]) -> None:
+    """Make the store's folder; remove what interrupted runs left and cases that the dataset has no longer."""
+    try:
+        target.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(target.folder, error) from error
+    store = Store(target.folder)
+    store.remove_partial_files()
+    for case in set(store.cases()) - identifiers:
+        log.info("case %s is not in the dataset any more; it leaves the store %s", case, target.folder)
+        store.remove(case)
+
+
+def _missing(case: Case, targets: Sequence[Target], labels: Labels) -> tuple[Target, ...]:
+    """The stores in which the case is not there, not sound or out of date."""
+    source = _source(case, labels)
+    return tuple(target for target in targets if not _is_current(Store(target.folder), case.identifier, source))
+
+
+def _is_current(store: Store, case: str, source: str) -> bool:
+    if not store.has(case):
+        return False
+    try:
+        entry = store.entry(case)
+        return entry.source == source and entry.is_whole()
+    except StorageError:
+        return False
+
+
+def _source(case: Case, labels: Labels) -> str:
+    """What the case is made from: its files with their sizes and times, and the meaning of the labels.
+
+    The preprocessing settings need not be in it: they are the store's name.
+    """
+    parts: list[Any] = [to_json(labels)]
+    for path in (*case.images, *((case.label,) if case.label else ())):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            status = file.stat() if file.exists() else None
+            parts.append([file.name, status and status.st_size, status and status.st_mtime_ns])
+    return f"{zlib.crc32(repr(parts).encode()):08x}"
+
+
+def _without_cases(dataset: RawDataset) -> RawDataset:
+    """What a worker needs of the dataset; its list of cases would travel with each of them."""
+    return replace(dataset, cases=(), test_cases=())
+
+
+def _broken_cases(broken: dict[str, Exception]) -> str:
+    sentences = "\n".join(f"  {error}" for _, error in sorted(broken.items()))
+    return (
+        f"{len(broken)} case{'s' if len(broken) > 1 else ''} cannot be used; repair the files, "
+        f"or leave them out with --drop-cases:\n{sentences}"
+    )

@@ -13,10 +13,12 @@ import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
 from torch.nn import functional
 
 Shape = tuple[int, int, int]
@@ -130,14 +132,15 @@ def _accumulate(
     inside = tuple(slice(axis.padding[0], n - axis.padding[1]) for axis, n in zip(axes, image.shape[1:], strict=True))
     places = list(itertools.product(*(range(len(axis.starts)) for axis in axes)))  # z slowest
     boxes = [tuple(slice(a.starts[i], a.starts[i] + a.size) for a, i in zip(axes, p, strict=True)) for p in places]
+    every = (slice(None),)  # channels or classes
     constant: dict[tuple[float, ...], Tensor] = {}
     sums: _FinishedPlanes | None = None
     for at in range(0, len(places), tiles_at_once):
         group = range(at, min(at + tiles_at_once, len(places)))
-        answers = _cached(evaluate, [image[(slice(None), *boxes[n])] for n in group], constant)
+        answers = _cached(evaluate, [image[every + boxes[n]] for n in group], constant)
         for n, logits in zip(group, answers, strict=True):
             if len(places) == 1:
-                return logits[(slice(None), *inside)].cpu().contiguous()
+                return logits[every + inside].cpu().contiguous()
             i, j, k = places[n]
             if sums is None:
                 sums = _FinishedPlanes(logits, image.shape[2:], inside=inside, max_ram_bytes=max_ram_bytes)
@@ -161,7 +164,8 @@ class _FinishedPlanes:
         """Add a tile (K, z, y, x) times its shares (z, y, x); tiles come in the order of their `start`."""
         if start > self.start:
             self._advance(start)
-        self.sums[(slice(None), slice(None), *box)].addcmul_(logits, weight.to(logits.device))
+        y, x = box
+        self.sums[:, :, y, x].addcmul_(logits, weight.to(logits.device))
 
     def finish(self) -> Tensor:
         """The whole result (K, Z, Y, X)."""
@@ -224,7 +228,7 @@ def _tile_logits(
         with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
             answer = network(inputs)
         logits = answer if isinstance(answer, Tensor) else answer[0]
-        for (i, flip), one in zip(batch, logits.split(1), strict=True):
+        for (i, flip), one in zip(batch, logits[:, None], strict=True):
             turned = (one.flip(flip) if flip else one)[0].float()
             total = sums[i]
             sums[i] = turned.clone() if total is None else total.add_(turned)  # a view would keep the whole batch
@@ -232,19 +236,19 @@ def _tile_logits(
 
 
 def empty_logits(shape: tuple[int, ...], *, max_ram_bytes: int) -> Tensor:
-    """Room for logits: float32 when that is a small part of `max_ram_bytes`, else float16, else float16 on disk.
-
-    The file on disk has no name and vanishes with the tensor.
-    """
+    """Room for logits: float32 when that is a small part of `max_ram_bytes`, else float16, else float16 on disk."""
     voxels = int(np.prod(shape, dtype=np.int64))
     if voxels * 4 <= max_ram_bytes // 16:
         return torch.empty(shape, dtype=torch.float32)
-    if voxels * 2 <= max_ram_bytes // 2:
-        return torch.empty(shape, dtype=torch.float16)
-    with tempfile.TemporaryFile(prefix="autoseg-logits-") as file:
-        return torch.from_numpy(np.memmap(file, dtype=np.float16, mode="w+", shape=shape))
+    return torch.from_numpy(room(shape, np.float16, in_memory=voxels * 2 <= max_ram_bytes // 2))
 
 
-def freeze(network: nn.Module) -> nn.Module:
-    """The network in evaluation mode, without gradients."""
-    return network.eval().requires_grad_(False)
+def room(shape: tuple[int, ...], dtype: DTypeLike, *, in_memory: bool) -> NDArray[Any]:
+    """An array of zeros or of anything; unless `in_memory`, its voxels lie in a nameless file in the temporary folder.
+
+    The file vanishes with the array, or with the process, however that ends.
+    """
+    if in_memory:
+        return np.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile(prefix="autoseg-") as file:
+        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)

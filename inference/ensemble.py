@@ -1,0 +1,50 @@
+"""The logits of several networks -> one set of logits whose probabilities are the mean of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1, so that their logarithm stays a number float16 holds
+PLANE_BYTES = 2**26  # what is converted to float32 at a time
+
+
+def average_logits(members: Iterable[Tensor], *, regions: bool) -> Tensor:
+    """Logits (K, Z, Y, X) whose softmax (with `regions`: sigmoid) is the mean of the members' probabilities.
+
+    Members are (K, Z, Y, X) of any float dtype and are taken one after the other, so a generator that predicts them
+    keeps one alive. The result has the first one's dtype and its memory; a single member is returned as it is.
+    """
+    result: Tensor | None = None
+    count = 0
+    with torch.inference_mode():
+        for member in members:
+            count += 1
+            if result is None:
+                result = member
+                continue
+            if member.shape != result.shape:
+                raise ValueError(f"members have the shapes {tuple(result.shape)} and {tuple(member.shape)}")
+            for planes in _slabs(result):
+                if count == 2:
+                    result[:, planes] = _probabilities(result[:, planes], regions=regions).to(result.dtype)
+                result[:, planes] += _probabilities(member[:, planes], regions=regions).to(result.dtype)
+        if result is None:
+            raise ValueError("an ensemble needs at least one member")
+        if count > 1:
+            for planes in _slabs(result):
+                mean = (result[:, planes].float() / count).clamp(SMALLEST, 1 - SMALLEST)
+                result[:, planes] = (mean.logit() if regions else mean.log()).to(result.dtype)
+    return result
+
+
+def _probabilities(logits: Tensor, *, regions: bool) -> Tensor:
+    logits = logits.float()
+    return logits.sigmoid() if regions else logits.softmax(0)
+
+
+def _slabs(logits: Tensor) -> list[slice]:
+    depth = max(1, PLANE_BYTES // (4 * logits[:, 0].numel()))
+    return [slice(z, z + depth) for z in range(0, logits.shape[1], depth)]

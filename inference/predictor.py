@@ -1,0 +1,307 @@
+"""A model folder -> `Model`; an image -> its labels or probabilities, on its own grid and in its own orientation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoseg.checkpoint import Checkpoint
+from autoseg.dataset import Case, RawDataset, read_case
+from autoseg.device import autocast_dtype, resolve_device
+from autoseg.errors import CheckpointError, PredictionError
+from autoseg.image import Grid, Image, Triple, image_ending
+from autoseg.inference.ensemble import average_logits
+from autoseg.inference.export import export_labels, export_probabilities
+from autoseg.inference.sliding_window import MAX_RAM_BYTES, sliding_window_logits
+from autoseg.networks import UNet
+from autoseg.plan import Configuration, Plan
+from autoseg.preprocessing.case import CaseGeometry, PreprocessedCase, bring_label, preprocess_case
+from autoseg.workspace import CHECKPOINT
+
+log = logging.getLogger(__name__)
+
+MODELS = "models"  # in a workspace and in an exported model: models/<configuration>/fold_<K>/
+BATCH_VOXELS = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}  # input voxels that enter the network at once
+
+Source = Path | str | Sequence[Path | str] | Image | NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """How a model is applied; none of it changes what the model is."""
+
+    mirroring: bool = True
+    """Average over mirrored copies, along the axes that the plan allows."""
+    step_size: float = 0.5
+    """Step between tiles as a fraction of the tile, above 0 and at most 1."""
+    max_ram_bytes: int = MAX_RAM_BYTES
+    """What one case's logits and probabilities may take in memory before they are kept on disk."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_size <= 1:
+            raise PredictionError(f"The step size must be above 0 and at most 1, got {self.step_size}.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One configuration with its trained folds, ready to predict."""
+
+    plan: Plan
+    configuration: Configuration
+    networks: tuple[UNet, ...]
+    """One for each fold, in evaluation mode, on `device`."""
+    folds: tuple[str, ...]
+    """Their names: "0" to "4", or "all"."""
+    device: torch.device
+    previous: Model | None = None
+    """The model whose labels are further input channels (cascade)."""
+    settings: PredictionSettings = field(default_factory=PredictionSettings)
+
+    def predict(
+        self, source: Source, spacing: Triple | None = None, *, settings: PredictionSettings | None = None
+    ) -> Image:
+        """Labels (1, Z, Y, X) of an image, unsigned integers, on its own grid and in its own orientation.
+
+        `source` is a file (or one for each channel, in a list), a folder with a DICOM series, an `Image`, or an array
+        (Z, Y, X) or (C, Z, Y, X) with its `spacing` (z, y, x) in mm. Raises DatasetError where a file cannot be read
+        and PredictionError where the image does not fit the model.
+        """
+        settings = settings or self.settings
+        image = self.read(source, spacing)
+        logits, geometry = self.logits(image, settings=settings)
+        return export_labels(logits, geometry, self.plan.labels, max_ram_bytes=settings.max_ram_bytes)
+
+    def predict_probabilities(
+        self, source: Source, spacing: Triple | None = None, *, settings: PredictionSettings | None = None
+    ) -> Image:
+        """Probabilities (K, Z, Y, X) float32 on the image's own grid: background and classes, or regions.
+
+        Takes and raises what `predict` does.
+        """
+        settings = settings or self.settings
+        image = self.read(source, spacing)
+        logits, geometry = self.logits(image, settings=settings)
+        return export_probabilities(logits, geometry, self.plan.labels, max_ram_bytes=settings.max_ram_bytes)
+
+    def read(self, source: Source, spacing: Triple | None = None) -> Image:
+        """The image (C, Z, Y, X) float32 of any `source` that `predict` takes, checked against the model."""
+        if isinstance(source, Image):
+            return self.check(source)
+        if isinstance(source, np.ndarray):
+            return self.check(image_from_array(source, spacing))
+        paths = [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]
+        return self.check(self.read_case(Case(_case_name(paths[0]), tuple(paths))))
+
+    def read_case(self, case: Case) -> Image:
+        """The image of a case's files. Raises DatasetError naming case and file."""
+        plan = self.plan
+        reading = RawDataset(case.images[0].parent, plan.dataset, plan.channels, plan.labels, plan.file_ending, ())
+        return read_case(case, reading)[0]
+
+    def check(self, image: Image) -> Image:
+        """The image as float32. Raises PredictionError where the model cannot take it."""
+        channels = self.plan.channels
+        if image.channels != len(channels):
+            raise PredictionError(
+                f"The image has {image.channels} channels, expected {len(channels)} ({', '.join(channels)}); give one "
+                "file for each channel, CASE_0000 to "
+                f"CASE_{len(channels) - 1:04d}, in this order."
+            )
+        if image.grid.dimensions == 2 and self.configuration.topology != "2d":
+            raise PredictionError(
+                f"The image is a plane of {image.shape[1:]} pixels, expected a volume: configuration "
+                f"{self.configuration.name} is {self.configuration.topology}; use a 2d configuration."
+            )
+        array = image.array
+        if array.dtype.kind not in "biuf":
+            raise PredictionError(f"The image has voxels of type {array.dtype}, expected numbers.")
+        if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
+            raise PredictionError("The image has NaN or infinite voxels; replace them by a value that makes sense.")
+        return Image(array.astype(np.float32, copy=False), image.grid)
+
+    def preprocess(self, image: Image) -> PreprocessedCase:
+        """The image on the network's grid, with the way back."""
+        return preprocess_case(image, None, self.configuration.preprocessing, None)
+
+    def logits(
+        self, image: Image, case: PreprocessedCase | None = None, *, settings: PredictionSettings | None = None
+    ) -> tuple[Tensor, CaseGeometry]:
+        """Logits (K, Z, Y, X) of a checked image on the network's grid, and the way back to the image's.
+
+        `case` is what `preprocess` gave for it, where that was done before.
+        """
+        settings = settings or self.settings
+        case = case or self.preprocess(image)
+        array = case.image
+        if self.previous is not None:
+            coarse = self.previous.predict(image, settings=settings)
+            array = self.with_previous_labels(array, coarse, case.geometry)
+        return predict_network_grid(self, array, settings=settings), case.geometry
+
+    def with_previous_labels(
+        self, array: NDArray[np.float32], coarse: Image, geometry: CaseGeometry
+    ) -> NDArray[np.float32]:
+        """`array` (C, Z, Y, X) and after it, for each foreground structure, where `coarse` labels show it (0 or 1)."""
+        labels = self.plan.labels
+        brought = bring_label(coarse, geometry)[0]
+        masks = [labels.mask(brought, name) for name in labels.names]
+        return np.concatenate([array, np.stack(masks).astype(np.float32)])
+
+
+def predict_network_grid(
+    model: Model, image: NDArray[np.float32] | Tensor, *, settings: PredictionSettings | None = None
+) -> Tensor:
+    """Logits (K, Z, Y, X), on the CPU, of a preprocessed `image` (C, Z, Y, X) float32.
+
+    Of several folds, logits whose probabilities are the mean of theirs. The folds run one after the other. In a
+    cascade the channels of the previous stage must be there (`Model.with_previous_labels`). Raises PredictionError
+    where the number of channels is not the network's.
+    """
+    settings = settings or model.settings
+    configuration = model.configuration
+    array = torch.as_tensor(image)
+    expected = configuration.architecture.input_channels
+    if len(array) != expected:
+        raise PredictionError(
+            f"Configuration {configuration.name} takes {expected} channels, got {len(array)} "
+            "(in a cascade: image channels and one for each foreground structure)."
+        )
+    return average_logits(_fold_logits(model, array, settings), regions=model.plan.labels.has_regions)
+
+
+def _fold_logits(model: Model, image: Tensor, settings: PredictionSettings) -> Iterator[Tensor]:
+    configuration = model.configuration
+    patch = configuration.patch_size
+    voxels = BATCH_VOXELS.get(model.device.type, BATCH_VOXELS["cpu"])
+    for network in model.networks:
+        yield sliding_window_logits(
+            network,
+            image,
+            patch_size=patch,
+            divisor=configuration.architecture.divisor,
+            step_size=settings.step_size,
+            mirror_axes=_mirror_axes(configuration, settings),
+            batch_size=max(1, voxels // int(np.prod(patch))),
+            precision=autocast_dtype(model.device),
+            device=model.device,
+            max_ram_bytes=settings.max_ram_bytes,
+        )
+
+
+def _mirror_axes(configuration: Configuration, settings: PredictionSettings) -> tuple[int, ...]:
+    if not settings.mirroring:
+        return ()
+    # a 2D network sees one slice: mirroring along z changes nothing
+    flat = configuration.topology == "2d"
+    return tuple(axis for axis in configuration.training.mirror_axes if not (flat and axis == 0))
+
+
+def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] = ()) -> Model:
+    """The model at `path`: one fold's folder, `models/CONFIGURATION` with its finished folds, or an exported folder.
+
+    `folds` keeps only the named ones ("0", "all"); by default all finished ones are averaged. The previous stage of a
+    cascade is loaded from the folder beside, `models/<previous stage>`. Raises CheckpointError where there is no
+    sound model, or its folds are of different plans.
+    """
+    where = Path(path)
+    configuration_folder, files = _checkpoint_files(where)
+    if folds:
+        files = _chosen_folds(files, folds, where)
+    checkpoints = [Checkpoint.load(file) for file in files]
+    first = checkpoints[0]
+    for checkpoint, file in zip(checkpoints[1:], files[1:], strict=True):
+        if (checkpoint.plan.id, checkpoint.configuration) != (first.plan.id, first.configuration):
+            raise CheckpointError(
+                f"{file}: was trained with another plan or configuration than {files[0]}; train the older one anew."
+            )
+    on_device = resolve_device(device)
+    networks = tuple(checkpoint.build_network().requires_grad_(False).to(on_device) for checkpoint in checkpoints)
+    previous = _previous_stage(first, configuration_folder, device)
+    names = tuple(checkpoint.fold for checkpoint in checkpoints)
+    log.info("Model %s, folds %s, on %s.", first.configuration, ", ".join(names), on_device)
+    return Model(first.plan, first.settings, networks, names, on_device, previous)
+
+
+def _previous_stage(checkpoint: Checkpoint, configuration_folder: Path, device: str) -> Model | None:
+    name = checkpoint.settings.previous_stage
+    if name is None:
+        return None
+    folder = configuration_folder.parent / name
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: there is no model of the previous stage, which {checkpoint.configuration} needs; "
+            f"train {name}, or put its folder beside that of {checkpoint.configuration}."
+        )
+    previous = load_model(folder, device)
+    if previous.plan.id != checkpoint.plan.id:
+        raise CheckpointError(f"{folder}: was trained with another plan than {configuration_folder}; train it anew.")
+    return previous
+
+
+def _checkpoint_files(path: Path) -> tuple[Path, list[Path]]:
+    """The folder `models/CONFIGURATION` that `path` means or lies in, and the checkpoints to load."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such model.")
+    if path.is_file():
+        return path.parent.parent, [path]
+    if (path / CHECKPOINT).is_file():
+        return path.resolve().parent, [path / CHECKPOINT]
+    finished = sorted(path.glob(f"fold_*/{CHECKPOINT}"))
+    if finished:
+        return path.resolve(), finished
+    return _exported_configuration(path)
+
+
+def _exported_configuration(path: Path) -> tuple[Path, list[Path]]:
+    """The one configuration of an exported folder that no other takes as its previous stage."""
+    models = path / MODELS if (path / MODELS).is_dir() else path
+    folders = {file.parent.parent for file in models.glob(f"*/fold_*/{CHECKPOINT}")}
+    if not folders:
+        raise CheckpointError(
+            f"{path}: no finished fold found; expected {CHECKPOINT}, fold_*/{CHECKPOINT} or "
+            f"{MODELS}/CONFIGURATION/fold_*/{CHECKPOINT}."
+        )
+    plan = Checkpoint.load(next(iter(sorted(folders))).glob(f"fold_*/{CHECKPOINT}").__next__()).plan
+    stages = {c.previous_stage for c in plan.configurations if c.name in {folder.name for folder in folders}}
+    last = sorted(folder for folder in folders if folder.name not in stages)
+    if len(last) != 1:
+        raise CheckpointError(
+            f"{path}: holds several models ({', '.join(folder.name for folder in last)}), expected one; "
+            f"give one of their folders, such as {last[0]}."
+        )
+    return _checkpoint_files(last[0])
+
+
+def _chosen_folds(files: Sequence[Path], folds: Sequence[str], where: Path) -> list[Path]:
+    found = {file.parent.name.removeprefix("fold_"): file for file in files}
+    missing = [fold for fold in folds if fold not in found]
+    if missing:
+        raise CheckpointError(
+            f"{where}: fold {', '.join(missing)} is not finished; finished are {', '.join(sorted(found))}."
+        )
+    return [found[fold] for fold in folds]
+
+
+def image_from_array(array: NDArray[np.generic], spacing: Triple | None) -> Image:
+    """An array (Z, Y, X) or (C, Z, Y, X) with its `spacing` (z, y, x) in mm as `Image`. Raises PredictionError."""
+    if spacing is None or len(spacing) != 3 or min(spacing) <= 0:
+        raise PredictionError(
+            f"An array needs its spacing (z, y, x) in mm, three positive numbers, got {spacing}; "
+            "predict(array, spacing=(3.0, 1.0, 1.0))."
+        )
+    if array.ndim not in (3, 4) or 0 in array.shape:
+        raise PredictionError(f"An array must be (Z, Y, X) or (C, Z, Y, X) and not empty, got shape {array.shape}.")
+    channels = array[None] if array.ndim == 3 else array
+    z, y, x = (int(n) for n in channels.shape[1:])
+    return Image(channels, Grid((z, y, x), (float(spacing[0]), float(spacing[1]), float(spacing[2]))))
+
+
+def _case_name(path: Path) -> str:
+    return path.name.removesuffix(image_ending(path) or "")

@@ -9,10 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.plan import Shape
-from autoseg.preprocessing.store import Store, StoreEntry
+from autoseg.preprocessing.store import ANNOTATED, Store, StoreEntry
 from autoseg.training.settings import FOREGROUND_FRACTION
-
-ANNOTATED = "annotated"  # key of the coordinates of annotated voxels, where there is an ignore label
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class PatchSampler:
         for case in self.cases:
             for name in self.entries[case].present:
                 present.setdefault(name, []).append(case)
-        self.annotated = present.pop(ANNOTATED, [])
+        self.annotated = tuple(case for case, entry in self.entries.items() if len(entry.foreground(ANNOTATED)))
         self.having = {name: tuple(cases) for name, cases in sorted(present.items())}
         weights = np.sqrt([len(cases) for cases in self.having.values()])
         self.weights = weights / weights.sum() if len(weights) else weights

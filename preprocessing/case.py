@@ -98,9 +98,16 @@ class PreprocessedCase:
 
 
 def preprocess_case(
-    image: Image, label: Image | None, settings: PreprocessingSettings, labels: Labels | None
+    image: Image,
+    label: Image | None,
+    settings: PreprocessingSettings,
+    labels: Labels | None,
+    *,
+    geometry: CaseGeometry | None = None,
 ) -> PreprocessedCase:
     """A raw case on the network's grid. `label` lies on the image's grid; `labels` names its values, if known.
+
+    `geometry` is `find_geometry(image, settings)` where that is at hand.
 
     Intensities are normalised before they are resampled, so that interpolation invents none that count. Raises
     DatasetError where the label's shape or the number of channels does not fit.
@@ -114,7 +121,7 @@ def preprocess_case(
         raise DatasetError(
             f"The label's shape {label.shape} differs from the image's {image.shape}; they must be equal."
         )
-    geometry = find_geometry(image, settings)
+    geometry = geometry or find_geometry(image, settings)
     cropped = _cut(image.array, geometry)
     nonzero = functools.lru_cache(maxsize=1)(lambda: _nonzero_mask(cropped))
     normalized = np.stack(

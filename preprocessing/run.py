@@ -23,14 +23,15 @@ from autoseg.executor import map_cases
 from autoseg.files import storage_error
 from autoseg.labels import Labels
 from autoseg.plan import Plan, PreprocessingSettings, to_json
-from autoseg.preprocessing.case import preprocess_case
-from autoseg.preprocessing.store import ANNOTATED, Store
+from autoseg.preprocessing.case import find_geometry, preprocess_case
+from autoseg.preprocessing.store import ANNOTATED, Store, StoreEntry
 from autoseg.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 MOST_COORDINATES = 10_000  # foreground voxels kept for each class and case: enough to draw patches from for a training
 SEED = 1234
+SLAB_VOXELS = 2**20  # searched for foreground at a time: a few MB
 
 
 def preprocess(
@@ -89,9 +90,18 @@ def preprocess_and_store(item: tuple[Case, tuple[Target, ...]], *, dataset: RawD
     """Read one raw case and write it to each of the given stores. Runs in a worker process."""
     case, targets = item
     image, label = read_case(case, dataset)
+    source = _source(case, labels)
+    written: dict[tuple[Any, ...], StoreEntry] = {}
     for target in targets:
+        store = Store(target.folder)
         try:
-            done = preprocess_case(image, label, target.settings, labels)
+            geometry = find_geometry(image, target.settings)
+            # slices left alone along z and slices resampled to the spacing they have are the same arrays
+            content = (geometry, target.settings.normalization, target.settings.image_order)
+            if content in written:
+                store.link(written[content])
+                continue
+            done = preprocess_case(image, label, target.settings, labels, geometry=geometry)
         except DatasetError as error:
             raise DatasetError(f"Case {case.identifier}: {error}") from error
         arrays: dict[str, NDArray[Any]] = {"image": done.image}
@@ -99,8 +109,7 @@ def preprocess_and_store(item: tuple[Case, tuple[Target, ...]], *, dataset: RawD
         if done.label is not None:
             arrays["label"] = done.label
             foreground = sample_foreground(done.label, labels)
-        store = Store(target.folder)
-        store.write(case.identifier, arrays, done.geometry, foreground, source=_source(case, labels))
+        written[content] = store.write(case.identifier, arrays, geometry, foreground, source=source)
 
 
 def sample_foreground(label: NDArray[Any], labels: Labels) -> dict[str, NDArray[np.int32]]:
@@ -118,19 +127,25 @@ def sample_foreground(label: NDArray[Any], labels: Labels) -> dict[str, NDArray[
 
 
 def _sample(volume: NDArray[Any], mask: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> NDArray[np.int32]:
-    """Voxels of `volume` (Z, Y, X) where `mask` holds; plane by plane, because a list of all of them may be huge."""
-    counts = np.array([np.count_nonzero(mask(plane)) for plane in volume])
-    total = int(counts.sum())
+    """Voxels of `volume` (Z, Y, X) where `mask` holds; slab by slab, because a list of all of them may be huge."""
+    _, height, width = volume.shape
+    planes = max(1, SLAB_VOXELS // (height * width))
+    slabs = [volume[z : z + planes] for z in range(0, len(volume), planes)]
+    counts = [np.count_nonzero(mask(slab)) for slab in slabs]
+    total = sum(counts)
     ranks = np.arange(total)
     if total > MOST_COORDINATES:
         ranks = np.sort(np.random.default_rng(SEED).choice(total, MOST_COORDINATES, replace=False))
-    ends = np.cumsum(counts)
-    parts = []
-    for z in np.flatnonzero(counts):
-        chosen = ranks[np.searchsorted(ranks, ends[z] - counts[z]) : np.searchsorted(ranks, ends[z])]
-        y, x = np.divmod(np.flatnonzero(mask(volume[z]))[chosen - (ends[z] - counts[z])], volume.shape[2])
-        parts.append(np.stack([np.full_like(y, z), y, x], axis=1))
-    return np.concatenate(parts).astype(np.int32) if parts else np.empty((0, 3), dtype=np.int32)
+    parts = [np.empty((0, 3), dtype=np.int32)]
+    before = 0
+    for index, (slab, count) in enumerate(zip(slabs, counts, strict=True)):
+        first, end = np.searchsorted(ranks, [before, before + count])
+        if end > first:
+            chosen = np.flatnonzero(mask(slab))[ranks[first:end] - before]
+            z, y, x = np.unravel_index(chosen, slab.shape)
+            parts.append(np.stack([z + index * planes, y, x], axis=1).astype(np.int32))
+        before += count
+    return np.concatenate(parts)
 
 
 def _targets(plan: Plan, workspace: Workspace, configurations: Sequence[str]) -> list[Target]:

@@ -38,7 +38,8 @@ FOREGROUND = "foreground"  # name of the array that holds the coordinates
 BLOCK = (4, 64, 64)  # voxels (z, y, x) decompressed together: thin along z, so that one slice is cheap to read
 CHUNK = (32, 128, 128)  # voxels (z, y, x) stored and checked together
 COMPRESSION_LEVEL = 1  # zstd; level 3 takes 3.5 times as long and saves 1 % (float32 intensities are mostly noise)
-OPEN_ARRAYS = 1024  # arrays whose headers a process keeps in memory (they hold no open file)
+OPEN_ARRAYS = 128  # files that a process keeps open, because opening and reading a patch take equally long
+KNOWN_ENTRIES = 8192  # records, and lists of checked chunks, that a process remembers
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class StoredArray:
     """Of the file."""
     frame_checksum: int
     """CRC-32 of what stands around the chunks in the file: header, index and trailer."""
+    chunk_bytes: int
+    """Of all compressed chunks together, which is what the checksum of the frame leaves out."""
     chunk_checksums: tuple[int, ...]
     """CRC-32 of each compressed chunk."""
 
@@ -124,8 +127,8 @@ class StoreEntry:
             status = os.stat(path)
             if status.st_size != stored.size_bytes:
                 raise ValueError(f"it has {status.st_size} bytes, {stored.size_bytes} were written")
-            array, checked = _open(path, stored.frame_checksum, status.st_mtime_ns)
-            _check_chunks(array, box, stored, checked)
+            array = _open(path, stored.chunk_bytes, stored.frame_checksum, status.st_mtime_ns)
+            _check_chunks(array, box, stored, _checked(path, status.st_mtime_ns))
             result: NDArray[Any] = array[box]
             return result
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
@@ -169,10 +172,11 @@ class Store:
         foreground: Mapping[str, NDArray[Any]],
         *,
         source: str = "",
-    ) -> None:
+    ) -> StoreEntry:
         """Write a case: `arrays` (C, Z, Y, X) by name, `foreground` coordinates (N, 3) by class or region.
 
-        Atomic: until everything is on disk the case does not count as done. Raises StorageError.
+        `source` says what the case was made from, for whoever asks later whether it is up to date. Atomic: until
+        everything is on disk the case does not count as done. Raises StorageError.
         """
         self.remove(case)
         stored = {name: self._write_array(case, name, array) for name, array in arrays.items()}
@@ -183,10 +187,20 @@ class Store:
         if start:
             coordinates = np.concatenate([np.asarray(rows, dtype=np.int32) for rows in foreground.values()])
             stored[FOREGROUND] = self._write_array(case, FOREGROUND, coordinates)
-        content = to_json(StoreEntry(case, geometry, stored, ranges, source, STORE_VERSION))
-        del content["folder"]
-        content["checksum"] = _text_checksum(content)
-        write_json(self._record(case), content)
+        entry = StoreEntry(case, geometry, stored, ranges, source, STORE_VERSION, self.folder)
+        self._write_record(entry)
+        return entry
+
+    def link(self, entry: StoreEntry) -> None:
+        """Take over a case of another store, where its arrays would be the same: the files are shared (hard links)."""
+        self.remove(entry.case)
+        for stored in entry.arrays.values():
+            with atomic_path(self.folder / stored.file) as temporary:
+                try:
+                    os.link(entry.folder / stored.file, temporary)
+                except OSError:  # not every file system has hard links
+                    shutil.copyfile(entry.folder / stored.file, temporary)
+        self._write_record(entry)
 
     def remove(self, case: str) -> None:
         """Remove a case and whatever is left of it; the JSON first, so that it stops counting as done at once."""
@@ -206,6 +220,12 @@ class Store:
     def _record(self, case: str) -> Path:
         return self.folder / f"{case}.json"
 
+    def _write_record(self, entry: StoreEntry) -> None:
+        content = to_json(entry)
+        del content["folder"]
+        content["checksum"] = _text_checksum(content)
+        write_json(self._record(entry.case), content)
+
     def _write_array(self, case: str, name: str, array: NDArray[Any]) -> StoredArray:
         import blosc2
 
@@ -222,11 +242,9 @@ class Store:
                     blocks=blocks,
                     cparams=settings,
                 )
-                frame, chunk_checksums = _checksums(written, temporary)
+                return _describe(written, temporary, path.name)
             except RuntimeError as error:
                 raise _write_error(path, array.nbytes, error) from error
-            size = temporary.stat().st_size
-        return StoredArray(path.name, array.shape, array.dtype.name, size, frame, chunk_checksums)
 
 
 def _partition(array: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -240,9 +258,18 @@ def _partition(array: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (array.shape[0], *chunk), (1, *block)
 
 
-def _checksums(array: Any, path: Path) -> tuple[int, tuple[int, ...]]:
-    chunks = tuple(zlib.crc32(array.schunk.get_chunk(index)) for index in range(array.schunk.nchunks))
-    return _frame_checksum(path, array.schunk.cbytes), chunks
+def _describe(array: Any, path: Path, name: str) -> StoredArray:
+    """The record of the blosc2 array that was written to `path` and will be called `name`."""
+    chunks = array.schunk
+    return StoredArray(
+        file=name,
+        shape=tuple(int(size) for size in array.shape),
+        dtype=array.dtype.name,
+        size_bytes=path.stat().st_size,
+        frame_checksum=_frame_checksum(path, chunks.cbytes),
+        chunk_bytes=int(chunks.cbytes),
+        chunk_checksums=tuple(zlib.crc32(chunks.get_chunk(index)) for index in range(chunks.nchunks)),
+    )
 
 
 def _frame_checksum(path: Path, chunk_bytes: int) -> int:
@@ -251,19 +278,25 @@ def _frame_checksum(path: Path, chunk_bytes: int) -> int:
         beginning = file.read(15)
         header_bytes = int.from_bytes(beginning[11:15], "big")
         checksum = zlib.crc32(file.read(max(header_bytes - 15, 0)), zlib.crc32(beginning))
-        file.seek(max(chunk_bytes, 0), os.SEEK_CUR)
+        file.seek(chunk_bytes, os.SEEK_CUR)
         return zlib.crc32(file.read(), checksum)
 
 
 @functools.lru_cache(maxsize=OPEN_ARRAYS)
-def _open(path: Path, frame_checksum: int, changed: int) -> tuple[Any, set[int]]:
-    """The array, opened lazily, and the chunks checked by this process. `changed` tells a rewritten file apart."""
+def _open(path: Path, chunk_bytes: int, frame_checksum: int, changed: int) -> Any:
+    """The array, opened lazily. `changed` tells a rewritten file from the one that was opened before."""
     import blosc2
 
-    array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
-    if _frame_checksum(path, array.schunk.cbytes) != frame_checksum:
+    # before blosc2 sees it: a damaged header can make it ask for any amount of memory
+    if _frame_checksum(path, chunk_bytes) != frame_checksum:
         raise ValueError("its header or index has changed since it was written")
-    return array, set()
+    return blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
+
+
+@functools.lru_cache(maxsize=KNOWN_ENTRIES)
+def _checked(path: Path, changed: int) -> set[int]:
+    """The chunks of a file that this process has checked; filled by `_check_chunks`."""
+    return set()
 
 
 def _check_chunks(array: Any, box: tuple[slice, ...], stored: StoredArray, checked: set[int]) -> None:
@@ -279,7 +312,7 @@ def _check_chunks(array: Any, box: tuple[slice, ...], stored: StoredArray, check
         checked.add(index)
 
 
-@functools.lru_cache(maxsize=OPEN_ARRAYS)
+@functools.lru_cache(maxsize=KNOWN_ENTRIES)
 def _read_entry(path: Path, case: str, changed: int) -> StoreEntry:
     content = read_json(path, error=StorageError, what="record of a preprocessed case")
     if not isinstance(content, dict) or content.get("version") != STORE_VERSION:

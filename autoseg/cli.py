@@ -1,0 +1,478 @@
+"""The command line: one thin function for each command. Only here is printed, only here environment and clock are read.
+
+Only typer is imported up here, so that `--help` answers at once; every command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from autoseg import __version__
+
+if TYPE_CHECKING:
+    from autoseg.screen import Screen
+
+DONE, SOME_FAILED, REFUSED, BUG = 0, 1, 2, 70
+
+app = typer.Typer(
+    help="Segmentation of medical images: a folder of labelled images in, a trained model and its predictions out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help needs no rich and takes half the time
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+# Optional[...] and not "... | None": typer reads these at run time, and on Python 3.10 too
+DatasetArgument = Annotated[Path, typer.Argument(help="Raw dataset: a folder in nnU-Net v2 layout.", metavar="DATASET")]
+WorkspaceOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--workspace",
+        metavar="FOLDER",
+        help="Where plan, preprocessed data and models go. [default: autoseg_workspace beside the dataset]",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
+WorkersOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--workers", metavar="N", min=0, help="Worker processes. [default: one for each core]"),
+]
+VerboseOption = Annotated[
+    int, typer.Option("-v", "--verbose", count=True, show_default=False, help="Say more; -vv says everything.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars and no notes; results and errors only.")]
+
+
+def command(name: str, short: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make a function a command: what it returns is the exit status, what it raises becomes one sentence."""
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            from autoseg.screen import Screen
+
+            verbose = kwargs.get("verbose", 0)
+            screen = Screen(verbose=verbose, quiet=kwargs.get("quiet", False))
+            raise typer.Exit(_status(functools.partial(function, *args, **kwargs), screen))
+
+        app.command(name, short_help=short)(guarded)
+        return function
+
+    return register
+
+
+def _status(run: Callable[[], int], screen: Screen) -> int:
+    """The exit status of a command; every error becomes a sentence on stderr."""
+    from autoseg.errors import AutosegError
+    from autoseg.files import storage_error
+
+    try:
+        return run()
+    except typer.Exit:
+        raise
+    except AutosegError as error:
+        return screen.refuse(str(error), REFUSED)
+    except KeyboardInterrupt:
+        return screen.refuse("Interrupted; what was finished is kept.", 130)
+    except BrokenPipeError:  # `autoseg explain | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except MemoryError as error:
+        detail = f" ({error})" if str(error) else ""
+        return screen.refuse(f"Not enough memory{detail}; use fewer --workers or a smaller --gpu-memory.", REFUSED)
+    except OSError as error:
+        return screen.refuse(str(storage_error(Path(error.filename or "?"), error)), REFUSED)
+    except Exception as error:
+        return screen.refuse(
+            f"This should not happen, please report it: {type(error).__name__}: {error} (-vv shows where).", BUG
+        )
+
+
+def _screen(verbose: int, quiet: bool) -> Screen:
+    from autoseg.screen import Screen
+
+    return Screen(verbose=verbose, quiet=quiet)
+
+
+def _cores(workers: int | None) -> int:
+    """The number of worker processes: what was asked for, else the cores that this process may use."""
+    if workers is not None:
+        return workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autoseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@command("verify", "Check a raw dataset, case by case.")
+def verify(
+    dataset: DatasetArgument,
+    fix: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--fix", metavar="OUT", help="Write a repaired copy of the dataset to this new folder."),
+    ] = None,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", metavar="FILE", help="Write the findings as JSON too."),
+    ] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Check a raw dataset, case by case; --fix writes a repaired copy where that is safe.
+
+    \b
+    Example:
+      autoseg verify data/Dataset004_Hippocampus
+    """
+    from autoseg.experiment_planning.verify import fix_dataset, verify_dataset
+    from autoseg.files import write_json
+
+    screen = _screen(verbose, quiet)
+    if fix is not None:
+        fixed = fix_dataset(dataset, fix, workers=_cores(workers))
+        for problem in fixed.repairs:
+            screen.say(f"repaired  {problem.case or '(dataset)'}  {problem.sentence}")
+        for problem in fixed.remaining:
+            screen.say(f"{problem.severity}  {problem.case or '(dataset)'}  {problem.sentence}")
+        copy = f"the repaired copy is {fix}" if fixed.repairs else "there was nothing to repair, no copy was written"
+        screen.say(f"{len(fixed.repairs)} problems repaired; {copy}.")
+        return DONE
+    report = verify_dataset(dataset, workers=_cores(workers))
+    screen.say(report.table())
+    if json_file is not None:
+        write_json(json_file, report.to_json())
+    if report.sound:
+        return DONE
+    return SOME_FAILED if report.broken_cases else REFUSED
+
+
+@command("plan-and-preprocess", "Plan the experiment, preprocess the cases.")
+def plan_and_preprocess(
+    dataset: DatasetArgument,
+    gpu_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--gpu-memory",
+            metavar="SIZE",
+            help="Memory that a training step may take, such as 8GB. [default: what the GPU has free; 8GB without one]",
+        ),
+    ] = None,
+    fold_time: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--fold-time", metavar="TIME", help="Training time of one fold, such as 30m or 2h. [default: a rule]"
+        ),
+    ] = None,
+    configurations: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--configurations", metavar="A,B", help="Plan these, such as 2d,3d_fullres. [default: what the rules plan]"
+        ),
+    ] = None,
+    drop_cases: Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")] = False,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Plan anew over trained models; these are put aside, not deleted.")
+    ] = False,
+    keep_plan: Annotated[
+        bool, typer.Option("--keep-plan", help="Preprocess for the plan.json that is there, edited by hand or not.")
+    ] = False,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Measure the dataset, plan the experiment, and preprocess every training case.
+
+    \b
+    Example:
+      autoseg plan-and-preprocess data/Dataset004_Hippocampus --gpu-memory 8GB --fold-time 30m
+    """
+    from autoseg.pipeline import plan_and_preprocess as run
+    from autoseg.units import parse_bytes, parse_seconds
+
+    screen = _screen(verbose, quiet)
+    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
+    with screen.cases("preprocessing") as progress:
+        planned = run(
+            dataset,
+            workspace=workspace,
+            gpu_memory_bytes=parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else None,
+            fold_seconds=parse_seconds(fold_time, option="--fold-time") if fold_time else None,
+            configurations=names,
+            drop_broken=drop_cases,
+            replan=replan,
+            keep_plan=keep_plan,
+            device=device,
+            workers=_cores(workers),
+            progress=progress,
+        )
+    for sentence in planned.dropped.values():
+        screen.note(f"left out: {sentence}")
+    screen.say(planned.summary())
+    return DONE
+
+
+@command("explain", "Show the plan and the reasons for it.")
+def explain(
+    dataset: DatasetArgument,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Show the plan: every decision with its reason, and the forecast.
+
+    \b
+    Example:
+      autoseg explain data/Dataset004_Hippocampus
+    """
+    from autoseg.experiment_planning.explain import explain as explained
+    from autoseg.pipeline import load_plan
+
+    plan, _ = load_plan(dataset, workspace)
+    _screen(verbose, quiet).say(explained(plan))
+    return DONE
+
+
+@command("train-fold", "Train one fold and score it.")
+def train_fold(
+    dataset: DatasetArgument,
+    configuration: Annotated[
+        str, typer.Argument(help="A configuration of the plan, such as 3d_fullres.", metavar="CONFIGURATION")
+    ],
+    fold: Annotated[str, typer.Argument(help="0 to 4, or all: every case trains.", metavar="FOLD")],
+    time: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--time", metavar="TIME", help="Train this long, such as 30m or 2h. [default: the plan's]"),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--steps", metavar="N", min=1, help="Train this many steps."),
+    ] = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="Go on where an earlier training stopped.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights, sampling and augmentation.")] = 0,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--workers", metavar="N", min=0, help="Processes that prepare patches. [default: by the device]"),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Train one fold, then predict and score its held-out cases.
+
+    Ctrl-C or SIGTERM ends the training after the current step with a valid model; --continue goes on from there.
+
+    \b
+    Example:
+      autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0 --time 30m
+    """
+    from autoseg.pipeline import load_plan, train_and_validate
+    from autoseg.units import format_seconds, parse_seconds
+
+    screen = _screen(verbose, quiet)
+    seconds = parse_seconds(time, option="--time") if time else None
+    plan, place = load_plan(dataset, workspace)
+    plan.configuration(configuration)
+    with screen.training(f"{configuration} fold {fold}") as bar, screen.stop_signals() as stop:
+        outcome = train_and_validate(
+            dataset,
+            plan,
+            configuration,
+            fold,
+            workspace=place,
+            device=device,
+            seconds=seconds,
+            steps=steps,
+            resume=go_on,
+            seed=seed,
+            workers=workers,
+            on_step=bar,
+            stop=stop,
+        )
+    trained = outcome.trained
+    screen.say(f"{trained.checkpoint}: {trained.steps} steps in {format_seconds(trained.seconds)}.")
+    if not trained.finished:
+        return screen.refuse(
+            "Stopped before the budget was spent: the model is valid; --continue goes on, then scores it.",
+            stop.status,
+        )
+    if outcome.evaluation is None:
+        screen.say("Every case was trained on, so none is held out to be scored.")
+        return DONE
+    screen.say(outcome.evaluation.table())
+    return _complain(screen, outcome.evaluation.problems())
+
+
+@command("predict", "Segment images with a trained model.")
+def predict(
+    input: Annotated[Path, typer.Argument(help="An image file, a folder of them, or a DICOM series.", metavar="INPUT")],
+    output: Annotated[
+        Path, typer.Argument(help="Folder for the label maps; a file for a single image.", metavar="OUTPUT")
+    ],
+    model: Annotated[
+        Path, typer.Option("--model", metavar="MODEL", help="models/CONFIGURATION (its finished folds), or one fold.")
+    ],
+    folds: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--folds", metavar="K,L", help="Use only these folds. [default: all that are finished]"),
+    ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write the probability of each class too, in image geometry.")
+    ] = False,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave finished cases alone.")] = False,
+    no_mirroring: Annotated[
+        bool, typer.Option("--no-mirroring", help="Do not average over mirrored copies: faster, a little less exact.")
+    ] = False,
+    step_size: Annotated[
+        float, typer.Option("--step-size", metavar="SHARE", help="Step between tiles as a fraction of the tile.")
+    ] = 0.5,
+    part: Annotated[
+        str, typer.Option("--part", metavar="K/N", help="Only the K-th of N shares of the cases, for N machines.")
+    ] = "1/1",
+    max_ram: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--max-ram", metavar="SIZE", help="Memory for one case's logits, such as 4GB; beyond it they go to disk."
+        ),
+    ] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Segment a file, a folder or a DICOM series; labels lie on each image's own grid.
+
+    \b
+    Example:
+      autoseg predict scans/ labels/ --model autoseg_workspace/Dataset004_Hippocampus/models/3d_fullres
+    """
+    from autoseg.units import parse_bytes, parse_part
+
+    screen = _screen(verbose, quiet)
+    share = parse_part(part, option="--part")
+    ram = {"max_ram_bytes": parse_bytes(max_ram, option="--max-ram")} if max_ram else {}
+
+    from autoseg.inference.predictor import load_model
+    from autoseg.inference.run import PredictOptions, predict_files
+
+    options = PredictOptions(
+        probabilities=probabilities,
+        skip_existing=skip_existing,
+        mirroring=not no_mirroring,
+        step_size=step_size,
+        part=share,
+        **ram,
+        **({"workers": workers} if workers is not None else {}),
+    )
+    chosen = [name.strip() for name in folds.split(",")] if folds else ()
+    loaded = load_model(model, device, folds=chosen)
+    with screen.named_cases("predicting") as progress:
+        outcome = predict_files(loaded, input, output, options=options, progress=progress)
+    skipped = f", {len(outcome.skipped)} were there already" if outcome.skipped else ""
+    screen.say(f"{len(outcome.done)} cases predicted to {output}{skipped}.")
+    return _complain(screen, tuple(outcome.failed.values()), nothing=not (outcome.done or outcome.skipped))
+
+
+@command("evaluate", "Score label maps against true ones.")
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps, or one file.", metavar="PREDICTIONS")],
+    references: Annotated[Path, typer.Argument(help="Folder of the true label maps, or one file.")],
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", metavar="FILE", help="Write all scores, case by case, as JSON."),
+    ] = None,
+    dataset: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--dataset",
+            metavar="DATASET",
+            help="Take classes and regions from its dataset.json. [default: look nearby]",
+        ),
+    ] = None,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Score label maps: Dice, IoU, NSD, HD95, ASSD, volume error, per class, with 95 % bootstrap intervals.
+
+    \b
+    Example:
+      autoseg evaluate labels/ data/Dataset004_Hippocampus/labelsTs --json scores.json
+    """
+    from autoseg.dataset import RawDataset
+    from autoseg.inference.evaluation import evaluate_folders
+
+    screen = _screen(verbose, quiet)
+    labels = RawDataset.load(dataset).labels if dataset is not None else None
+    evaluation = evaluate_folders(predictions, references, labels=labels, workers=_cores(workers))
+    screen.say(evaluation.table())
+    if json_file is not None:
+        evaluation.save(json_file)
+    return _complain(screen, evaluation.problems(), nothing=not evaluation.cases)
+
+
+@command("demo", "The whole story on a synthetic dataset.")
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to write everything.", metavar="[FOLDER]")] = Path(
+        "autoseg_demo"
+    ),
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """The whole story on an embedded synthetic dataset: from raw files to a scored prediction with a picture.
+
+    \b
+    Example:
+      autoseg demo
+    """
+    from autoseg.demo import run_demo
+
+    screen = _screen(verbose, quiet)
+    run_demo(folder)
+    screen.say("done")
+    return DONE
+
+
+def _complain(screen: Screen, sentences: tuple[str, ...], *, nothing: bool = False) -> int:
+    """Print what failed; the exit status for it."""
+    for sentence in sentences:
+        screen.error(sentence)
+    if not sentences:
+        return DONE
+    return REFUSED if nothing else SOME_FAILED
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="autoseg")

@@ -1,0 +1,266 @@
+"""A raw dataset folder -> plan and store; plan and store -> a trained and scored fold. What the commands call."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoseg.dataset import RawDataset, list_cases
+from autoseg.errors import DatasetError, PlanError, StorageError
+from autoseg.executor import start_workers
+from autoseg.plan import Budget, Plan
+from autoseg.units import format_bytes, format_seconds
+from autoseg.workspace import CHECKPOINT, Workspace
+
+if TYPE_CHECKING:
+    from autoseg.inference.evaluation import Evaluation
+    from autoseg.training.loop import Progress, TrainedFold
+
+log = logging.getLogger(__name__)
+
+MODELS = "models"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What `plan_and_preprocess` did."""
+
+    plan: Plan
+    workspace: Workspace
+    configurations: tuple[str, ...]
+    """The preprocessed ones."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Broken cases that were left out, with the sentence that says why."""
+
+    def summary(self) -> str:
+        """The forecast, one line for each configuration, and what to type next."""
+        lines = [f"{self.workspace.plan}"]
+        for name in self.configurations:
+            settings, forecast = self.plan.configuration(name), self.plan.forecasts.get(name)
+            patch = "x".join(map(str, settings.patch_size))
+            cost = ""
+            if forecast is not None:
+                cost = f", {format_bytes(forecast.memory_bytes)} a step, a fold {format_seconds(forecast.fold_seconds)}"
+            lines.append(f"  {name}: patch {patch}, batch {settings.batch_size}{cost}")
+        return "\n".join(lines)
+
+
+def plan_and_preprocess(
+    dataset_root: Path,
+    *,
+    workspace: Path | None = None,
+    gpu_memory_bytes: int | None = None,
+    fold_seconds: float | None = None,
+    configurations: Sequence[str] | None = None,
+    drop_broken: bool = False,
+    replan: bool = False,
+    keep_plan: bool = False,
+    device: str = "auto",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Planned:
+    """Fingerprint, plan and store of a raw dataset; what is there already and still right is not made again.
+
+    `drop_broken` leaves broken cases out instead of refusing the dataset. A plan that would change under trained models
+    is refused unless `replan`, which puts them aside. `keep_plan` preprocesses for the plan.json that is there. Raises
+    DatasetError, PlanError, StorageError.
+    """
+    start_workers(workers)  # they import while this process does
+    dropped: dict[str, str] = {}
+    if drop_broken:
+        dataset, dropped = _without_broken_cases(Path(dataset_root), workers=workers)
+    else:
+        dataset = RawDataset.load(Path(dataset_root))
+    place = Workspace.of(dataset.root, workspace)
+    _check_writable(place)
+    if keep_plan:
+        plan, _ = load_plan(dataset.root, workspace)
+    else:
+        plan = _plan(
+            dataset,
+            place,
+            gpu_memory_bytes=gpu_memory_bytes,
+            fold_seconds=fold_seconds,
+            configurations=configurations,
+            replan=replan,
+            device=device,
+            workers=workers,
+        )
+
+    from autoseg.preprocessing.run import preprocess
+
+    names = tuple(configurations or [configuration.name for configuration in plan.configurations])
+    preprocess(dataset, plan, place, configurations=names, workers=workers, progress=progress)
+    return Planned(plan, place, names, dropped)
+
+
+def _plan(
+    dataset: RawDataset,
+    place: Workspace,
+    *,
+    gpu_memory_bytes: int | None,
+    fold_seconds: float | None,
+    configurations: Sequence[str] | None,
+    replan: bool,
+    device: str,
+    workers: int,
+) -> Plan:
+    from autoseg.experiment_planning.fingerprint import extract_fingerprint
+    from autoseg.experiment_planning.planner import plan_experiment
+
+    fingerprint = extract_fingerprint(dataset, workers=workers)
+    budget = Budget(gpu_memory_bytes or 0, fold_seconds or 0.0, device)
+    plan = plan_experiment(fingerprint, budget, configurations=configurations)
+    _put_models_aside(plan, place, replan=replan)
+    fingerprint.save(place.fingerprint)
+    plan.save(place.plan)
+    return plan
+
+
+def load_plan(dataset_root: Path, workspace: Path | None = None) -> tuple[Plan, Workspace]:
+    """The plan of a dataset and the place of its artefacts.
+
+    Raises PlanError where there is none, or where the workspace belongs to another dataset.
+    """
+    dataset = list_cases(Path(dataset_root)).dataset
+    place = Workspace.of(dataset.root, workspace)
+    if not place.plan.exists():
+        raise PlanError(
+            f"{place.plan}: there is no plan yet; run `autoseg plan-and-preprocess {dataset_root}`, with the same "
+            "--workspace if you use one."
+        )
+    plan = Plan.load(place.plan)
+    for what, planned, found in (
+        ("name", plan.dataset, dataset.name),
+        ("channels", plan.channels, dataset.channels),
+        ("labels", plan.labels, dataset.labels),
+    ):
+        if planned != found:
+            raise PlanError(
+                f"{place.root}: this workspace belongs to another dataset (its {what}: {_shown(planned)}; of "
+                f"{dataset.root}: {_shown(found)}); choose another --workspace, or plan anew."
+            )
+    return plan, place
+
+
+def _shown(value: object) -> str:
+    names = getattr(value, "names", value)
+    return ", ".join(map(str, names)) if isinstance(names, tuple) else str(names)
+
+
+def _put_models_aside(plan: Plan, place: Workspace, *, replan: bool) -> None:
+    """Refuse to change the plan under trained models, or move them to a folder that is named after their plan."""
+    models = place.root / MODELS
+    trained = sorted(models.glob(f"*/fold_*/{CHECKPOINT}"))
+    if not trained or not place.plan.exists():
+        return
+    try:
+        before = Plan.load(place.plan).id
+    except PlanError:
+        before = "damaged_plan"
+    if before == plan.id:
+        return
+    if not replan:
+        raise PlanError(
+            f"{place.root}: {len(trained)} folds are trained by another plan ({trained[0].parent} is one); choose "
+            "another --workspace, or --replan to put them aside and plan anew."
+        )
+    aside = place.root / f"{MODELS}_of_plan_{before}"
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = place.root / f"{MODELS}_of_plan_{before}_{number}"
+    try:
+        os.replace(models, aside)
+    except OSError as error:
+        raise StorageError(f"{models}: cannot be put aside ({error.strerror}).") from error
+    log.warning("The models of the plan before are in %s now.", aside)
+
+
+def _without_broken_cases(root: Path, *, workers: int) -> tuple[RawDataset, dict[str, str]]:
+    from dataclasses import replace
+
+    from autoseg.experiment_planning.verify import verify_dataset
+
+    report = verify_dataset(root, workers=workers)
+    for problem in report.errors:
+        if not problem.case:
+            raise DatasetError(problem.sentence)
+    broken = {problem.case: problem.sentence for problem in report.errors}
+    dataset = list_cases(root).dataset
+    kept = tuple(case for case in dataset.cases if case.identifier not in broken)
+    if not kept:
+        raise DatasetError(f"{root}: every training case is broken; see `autoseg verify {root}`.")
+    return replace(dataset, cases=kept), broken
+
+
+def _check_writable(place: Workspace) -> None:
+    """Refuse a workspace that cannot be written before hours of work. Raises StorageError."""
+    from autoseg.files import write_text
+
+    probe = place.root / ".writable"
+    write_text(probe, "")
+    probe.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class ValidatedFold:
+    """What came of one fold."""
+
+    trained: TrainedFold
+    evaluation: Evaluation | None
+    """Scores of the held-out cases; None where there are none (fold `all`) or the training was stopped."""
+
+
+def train_and_validate(
+    dataset_root: Path,
+    plan: Plan,
+    configuration: str,
+    fold: str,
+    *,
+    workspace: Workspace,
+    device: str = "auto",
+    seconds: float | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    workers: int | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> ValidatedFold:
+    """Train one fold, then predict and score the cases that it held out.
+
+    A cascade first brings the held-out predictions of its previous stage into a store. Raises what training and
+    prediction raise.
+    """
+    from autoseg.inference.crossval import prepare_previous_stage, validate_fold
+    from autoseg.training.folds import ALL
+    from autoseg.training.loop import train_fold
+
+    dataset = list_cases(Path(dataset_root)).dataset
+    previous = None
+    if plan.configuration(configuration).previous_stage is not None:
+        previous = prepare_previous_stage(plan, configuration, workspace=workspace)
+    trained = train_fold(
+        plan,
+        configuration,
+        fold,
+        workspace=workspace,
+        device=device,
+        seconds=seconds,
+        steps=steps,
+        resume=resume,
+        seed=seed,
+        previous=previous,
+        on_step=on_step,
+        stop=stop,
+        **({} if workers is None else {"workers": workers}),
+    )
+    if not trained.finished or fold == ALL:
+        return ValidatedFold(trained, None)
+    evaluation = validate_fold(dataset, plan, configuration, fold, workspace=workspace, device=device)
+    return ValidatedFold(trained, evaluation)

@@ -1,0 +1,164 @@
+"""What the command line shows: results on stdout; progress, notes and errors on stderr; and the signals that it minds.
+
+Belongs to `autoseg.cli`: nothing else prints. rich is imported only where a bar is drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoseg.training.loop import Progress
+
+PLAIN_LINE_SECONDS = 30.0  # without a terminal a training says this often where it stands
+
+
+class _Lines(logging.Handler):
+    """Log records as lines on the stderr of the moment, which a progress bar may have replaced by its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+class StopSignals:
+    """Whether SIGINT or SIGTERM came; a second one interrupts at once."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self._signal is not None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+        self._note("Stopping after this step; the model is being saved. Once more stops at once.")
+
+    @property
+    def status(self) -> int:
+        """Exit status by the shell's convention: 128 + number of the signal."""
+        return 128 + (self._signal or signal.SIGINT)
+
+
+class Screen:
+    """Where a command's words go."""
+
+    def __init__(self, *, verbose: int = 0, quiet: bool = False) -> None:
+        self.verbose, self.quiet = verbose, quiet
+        level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+        logger = logging.getLogger("autoseg")
+        handler = _Lines()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+    def say(self, text: str) -> None:
+        """A result."""
+        print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        """Something by the way; not shown with --quiet."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def error(self, sentence: str) -> None:
+        """What is wrong with a case."""
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+    def refuse(self, sentence: str, status: int) -> int:
+        """Say why the command ends, and give `status` back; with -vv also where it happened."""
+        self.error(sentence)
+        if self.verbose >= 2 and sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        return status
+
+    @contextlib.contextmanager
+    def stop_signals(self) -> Iterator[StopSignals]:
+        """SIGINT and SIGTERM are noted instead of ending the process while the block runs."""
+        stop = StopSignals(self.note)
+        before = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def cases(self, doing: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A bar over cases: the callback takes how many are done and how many there are."""
+        if not self._draws:
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bars:
+            task = bars.add_task(doing, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+    @contextlib.contextmanager
+    def named_cases(self, doing: str) -> Iterator[Callable[[str, int, int], None] | None]:
+        """The same for a callback that is also told the name of the case."""
+        with self.cases(doing) as show:
+            yield None if show is None else lambda case, done, total: show(done, total)
+
+    @contextlib.contextmanager
+    def training(self, doing: str) -> Iterator[Callable[[Progress], None] | None]:
+        """A live bar of a training with the time left; without a terminal a line now and then."""
+        if self.quiet:
+            yield None
+            return
+        if not self._draws:
+            yield _PlainTraining(self.note, doing)
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Bars(*columns, console=Console(stderr=True), redirect_stdout=False) as bars:
+            task = bars.add_task(doing, total=1.0, text="")
+            yield lambda progress: bars.update(task, completed=progress.fraction, text=_training_text(progress))
+
+    @property
+    def _draws(self) -> bool:
+        return not self.quiet and sys.stderr.isatty()
+
+
+class _PlainTraining:
+    """Lines about a training for a log file."""
+
+    def __init__(self, note: Callable[[str], None], doing: str) -> None:
+        self._note, self._doing = note, doing
+        self._last = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() - self._last >= PLAIN_LINE_SECONDS or progress.fraction >= 1.0:
+            self._last = time.monotonic()
+            self._note(f"{self._doing}: {100 * progress.fraction:.0f} %, {_training_text(progress)}")
+
+
+def _training_text(progress: Progress) -> str:
+    from autoseg.units import format_seconds
+
+    dice = "" if progress.dice is None else f", patch Dice {progress.dice:.3f}"
+    of = f"/{progress.steps}" if progress.steps else ""
+    return f"step {progress.step}{of}, loss {progress.loss:.3f}{dice}, {format_seconds(progress.seconds_left)} left"

@@ -325,7 +325,7 @@ def _read_entry(path: Path, case: str, changed: int) -> StoreEntry:
     if checksum != _text_checksum(content):
         raise _damaged(case, path, ValueError("its checksum does not fit its content"))
     try:
-        return replace(from_json(StoreEntry, content, where=str(path)), folder=path.parent)
+        return replace(from_json(StoreEntry, content, where="its content"), folder=path.parent)
     except AutosegError as error:
         raise _damaged(case, path, error) from error
 
@@ -342,7 +342,7 @@ def _write_error(path: Path, size_bytes: int, error: RuntimeError) -> StorageErr
 
 
 def _damaged(case: str, path: Path, why: Exception) -> StorageError:
-    reason = why.strerror if isinstance(why, OSError) and why.strerror else why
+    reason = why.strerror if isinstance(why, OSError) and why.strerror else str(why).rstrip(".")
     return StorageError(
         f"Case {case}: the preprocessed file {path} is damaged or cannot be read ({reason}); "
         "delete it and run `autoseg plan-and-preprocess` again."

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from autoseg.errors import DatasetError, unknown_choice
 from autoseg.files import read_json
 from autoseg.geometry import corner_distance
-from autoseg.image import FORMATS, PICTURE_ENDINGS, Grid, Image, read_image
+from autoseg.image import DETACHED_ENDINGS, FORMATS, PICTURE_ENDINGS, Grid, Image, read_image
 from autoseg.labels import Labels
 
 log = logging.getLogger(__name__)
@@ -174,10 +174,11 @@ def _channels(root: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _file_ending(root: Path, content: Mapping[str, Any]) -> str:
     ending = content.get("file_ending")
+    known = [name for name in FORMATS if name not in DETACHED_ENDINGS]
     if not isinstance(ending, str):
-        raise DatasetError(f'{root / DATASET_JSON}: "file_ending" is missing; write one of {", ".join(FORMATS)}.')
-    if ending.lower() not in FORMATS:
-        raise DatasetError(f"{root / DATASET_JSON}: {unknown_choice('file_ending', ending, FORMATS)}")
+        raise DatasetError(f'{root / DATASET_JSON}: "file_ending" is missing; write one of {", ".join(known)}.')
+    if ending.lower() not in known:
+        raise DatasetError(f"{root / DATASET_JSON}: {unknown_choice('file_ending', ending, known)}")
     return ending
 
 
@@ -423,7 +424,7 @@ def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[np.int32]:
             "numbers; it may have been resampled as an image: make the label again with nearest-neighbour or label "
             "interpolation."
         )
-    return np.clip(whole, -FLOAT32_EXACT, FLOAT32_EXACT).astype(np.int32)
+    return np.asarray(np.clip(whole, -FLOAT32_EXACT, FLOAT32_EXACT), dtype=np.int32)
 
 
 def label_values(label: NDArray[Any]) -> dict[int, int]:

@@ -71,14 +71,14 @@ def orientation_code(direction: Direction) -> str:
 
 def turn_array(array: NDArray[Any], permutation: Permutation, flips: Flips) -> NDArray[Any]:
     """A view of `array` (C, Z, Y, X) with its axes permuted, then flipped; any dtype."""
-    turned = array.transpose(0, *(axis + 1 for axis in permutation))
-    return turned[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
+    turned = np.transpose(array, (0, *(axis + 1 for axis in permutation)))
+    return np.flip(turned, _flipped_axes(flips))
 
 
 def turn_array_back(array: NDArray[Any], permutation: Permutation, flips: Flips) -> NDArray[Any]:
     """A view of `array` (C, Z, Y, X) that undoes `turn_array` of the same permutation and flips."""
-    unflipped = array[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
-    return unflipped.transpose(0, *(axis + 1 for axis in inverse_permutation(permutation)))
+    unflipped = np.flip(array, _flipped_axes(flips))
+    return np.transpose(unflipped, (0, *(axis + 1 for axis in inverse_permutation(permutation))))
 
 
 def turn_grid(grid: Grid, permutation: Permutation, flips: Flips) -> Grid:
@@ -174,8 +174,7 @@ def nonzero_box(array: NDArray[Any]) -> Box:
         plane |= occupied
     if not line.any():
         return whole_box(shape)
-    z, y, x = (_side(side) for side in (line, plane.any(axis=1), plane.any(axis=0)))
-    return (z, y, x)
+    return (_side(line), _side(np.any(plane, axis=1)), _side(np.any(plane, axis=0)))
 
 
 def grow_box(box: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
@@ -185,6 +184,11 @@ def grow_box(box: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
         for side, m, size in zip(box, margin, shape, strict=True)
     )
     return (z, y, x)
+
+
+def _flipped_axes(flips: Flips) -> tuple[int, ...]:
+    """The axes of a (C, Z, Y, X) array that `flips` reverses."""
+    return tuple(axis + 1 for axis, flip in enumerate(flips) if flip)
 
 
 def _side(occupied: NDArray[np.bool_]) -> slice:

@@ -36,6 +36,9 @@ FORMATS = {
 }
 """File ending -> the ITK reader and writer. One reader a format: ITK's own guess takes longer and prints."""
 
+DETACHED_ENDINGS = (".mhd", ".nhdr")
+"""Headers whose voxels are in a second file: read, but not written, since two files cannot be written atomically."""
+
 PICTURE_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 """Formats of natural images: they know no place in the world, and one file may hold all channels (RGB)."""
 
@@ -113,7 +116,8 @@ def read_grid(path: Path) -> Grid:
     if path.is_dir():
         return _read_dicom(path).grid
     ending, reader = _open(path)
-    _execute(path, reader.ReadImageInformation)
+    with _silent(True):
+        _execute(path, reader.ReadImageInformation)
     size, spacing, origin = reader.GetSize(), reader.GetSpacing(), reader.GetOrigin()
     grid = _grid(path, size, spacing, origin, reader.GetDirection())
     return Grid(grid.shape, dimensions=grid.dimensions) if ending in PICTURE_ENDINGS else grid
@@ -130,6 +134,8 @@ def write_image(image: Image, path: Path) -> None:
     ending = image_ending(path)
     if ending is None:
         raise DatasetError(f"{path}: {unknown_choice('the file ending', path.suffix, FORMATS)}")
+    if ending in DETACHED_ENDINGS:
+        raise DatasetError(f"{path}: {ending} is not written; choose .mha or .nrrd, which hold header and voxels.")
     writer = sitk.ImageFileWriter()
     writer.SetImageIO(FORMATS[ending])
     writer.SetUseCompression(True)
@@ -215,12 +221,14 @@ def _execute(path: Path, call: Any) -> Any:
     try:
         with _quiet_itk(), _silent(FORMATS.get(image_ending(path) or "") == "TIFFImageIO"):
             return call()
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second where ITK's own message quotes the damage
         raise DatasetError(f"{path}: not a readable image, or damaged ({_reason(error)}).") from error
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """The part of ITK's message that says what happened: its last line, without file names and addresses."""
+    if isinstance(error, UnicodeDecodeError):
+        return "its header is not text"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].split("): ", 1)[-1].removeprefix("ITK ERROR: ").rstrip(".") if lines else "no reason given"
 
@@ -257,6 +265,8 @@ def _silent(wanted: bool) -> Iterator[None]:
 def _grid(path: Path | str, size: Any, spacing: Any, origin: Any, direction: Any) -> Grid:
     """ITK's (x, y, z) geometry as a Grid; axes of length one beyond the third are dropped."""
     rank = len(size)
+    if rank < 2 or min(size) < 1:
+        raise DatasetError(f"{path}: not an image, or its header is damaged (size {tuple(size)}).")
     if any(length != 1 for length in size[3:]):
         raise DatasetError(
             f"{path}: a 4D image of size {tuple(size)}, expected 2D or 3D; split it into one file for each channel or "
@@ -290,6 +300,8 @@ def _three(kind: Any, values: Any) -> Any:
 def _plain_picture(image: Image, path: Path) -> Image:
     """A picture without transparency, on a grid of unit spacing: resolution tags of pictures are not to be trusted."""
     grid = Grid(image.shape, dimensions=image.grid.dimensions)
+    if image.channels == 3 and _has_palette(path) and (image.array == image.array[:1]).all():
+        return Image(image.array[:1], grid)  # ITK gives the colours of a palette, here greys
     if image.channels not in (2, 4):
         return Image(image.array, grid)
     transparency = image.array[-1]
@@ -299,6 +311,14 @@ def _plain_picture(image: Image, path: Path) -> Image:
             "one file for each channel."
         )
     return Image(image.array[:-1], grid)
+
+
+def _has_palette(path: Path) -> bool:
+    with open(path, "rb") as file:
+        header = file.read(32)
+    if header.startswith(b"BM"):
+        return int.from_bytes(header[28:30], "little") <= 8  # bits per pixel
+    return header.startswith(b"\x89PNG") and header[25] == 3  # colour type
 
 
 def _for_picture(image: Image, path: Path) -> Image:

@@ -11,7 +11,9 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from autoseg.errors import DatasetError
 
@@ -30,6 +32,27 @@ NRRD_TYPE_BYTES = {
     8: "longlong|long long|long long int|signed long long|signed long long int|int64|int64_t|ulonglong|"
     "unsigned long long|unsigned long long int|uint64|uint64_t|double",
 }
+
+TIFF_TYPE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}
+TIFF_OFFSETS = {273: 279, 324: 325}  # where strips and tiles are -> how long they are
 
 
 def check_nifti(path: Path) -> None:
@@ -160,8 +183,78 @@ def check_bmp(path: Path) -> None:
         _check_size(path, path.stat().st_size - offset, (abs(width) * bits + 31) // 32 * 4 * abs(height))
 
 
+def check_tiff(path: Path) -> None:
+    """Refuse a TIFF (classic or BigTIFF) any of whose directories, values or strips lie beyond the end of the file.
+
+    Raises DatasetError. Tag numbers and types are those of the TIFF 6.0 specification.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(16)
+        order = {b"II": "<", b"MM": ">"}.get(start[:2])
+        version = struct.unpack_from(f"{order}H", start, 2)[0] if order and len(start) == 16 else 0
+        if order is None or version not in (42, 43):
+            raise DatasetError(f"{path}: not a TIFF image, or cut off in its header.")
+        # where the first directory is; its entry count, one entry (tag, type, count, value), the value's width
+        first, count, entry, width = (4, "I", "HHI4s", 4) if version == 42 else (8, "Q", "HHQ8s", 8)
+        layout = _TiffLayout(order, "H" if width == 4 else "Q", count, struct.Struct(order + entry), width)
+        directory, visited = struct.unpack_from(order + count, start, first)[0], set[int]()
+        try:
+            while directory and directory not in visited:
+                visited.add(directory)
+                directory, end = _tiff_directory(file, directory, layout)
+                _check_size(path, size, end)
+        except struct.error as cut_off:
+            raise DatasetError(
+                f"{path}: truncated: a directory of the TIFF is cut off; copy the file again."
+            ) from cut_off
+
+
+@dataclass(frozen=True)
+class _TiffLayout:
+    """How a TIFF's directories are packed; `struct` formats."""
+
+    order: str
+    count: str
+    """Number of entries of a directory."""
+    offset: str
+    """Position in the file."""
+    entry: struct.Struct
+    """Tag, type, number of values, and the values themselves or where they are."""
+    width: int
+    """Bytes of the last field of an entry."""
+
+
+def _tiff_directory(file: BinaryIO, start: int, layout: _TiffLayout) -> tuple[int, int]:
+    """Where the next directory is (0: none), and where in the file the last byte that this one needs is."""
+    file.seek(start)
+    number = _unpack(file, layout.order + layout.count)[0]
+    entries = [layout.entry.unpack(file.read(layout.entry.size)) for _ in range(number)]
+    following = _unpack(file, layout.order + layout.offset)[0]
+    end, values = file.tell(), {}
+    for tag, kind, count, packed in entries:
+        length = TIFF_TYPE_BYTES.get(kind, 0) * count
+        if length > layout.width:
+            position = struct.unpack(layout.order + layout.offset, packed)[0]
+            end = max(end, position + length)
+        if tag in TIFF_OFFSETS or tag in TIFF_OFFSETS.values():
+            code = TIFF_INTEGERS.get(kind)
+            if length > layout.width:
+                file.seek(position)
+                packed = file.read(length)
+            values[tag] = struct.unpack_from(f"{layout.order}{count}{code}", packed) if code else ()
+    for offsets, lengths in TIFF_OFFSETS.items():
+        pieces = zip(values.get(offsets, ()), values.get(lengths, ()), strict=False)
+        end = max([end, *(position + length for position, length in pieces)])
+    return following, end
+
+
+def _unpack(file: BinaryIO, layout: str) -> tuple[int, ...]:
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))
+
+
 def check_nothing(path: Path) -> None:
-    """For formats whose reader finds missing bytes itself (PNG, TIFF)."""
+    """For formats whose reader finds missing and damaged bytes itself (PNG)."""
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {
@@ -170,7 +263,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "NrrdImageIO": check_nrrd,
     "BMPImageIO": check_bmp,
     "PNGImageIO": check_nothing,
-    "TIFFImageIO": check_nothing,
+    "TIFFImageIO": check_tiff,
 }
 
 

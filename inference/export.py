@@ -53,22 +53,26 @@ def linear_axis(length: int, output_length: int) -> LinearAxis:
     return LinearAxis(lower, (lower + 1).clamp(max=length - 1), (place - lower).float())
 
 
-def resampled_decisions(logits: Tensor, shape: Sequence[int], *, regions: bool) -> Iterator[NDArray[np.int16]]:
+def resampled_decisions(
+    logits: Tensor, shape: Sequence[int], *, regions: bool, row_bytes: int = ROW_BYTES
+) -> Iterator[NDArray[np.int16]]:
     """For each output plane along z the decision (Y, X) int16 that interpolated `logits` (K, Z, Y, X) would give.
 
     A decision is the class of the largest logit; with `regions` it is 0 where no logit is positive and k + 1 where
-    region k is the last positive one. Exact up to the rounding of sums in float32.
+    region k is the last positive one. Exact up to the rounding of sums in float32. `row_bytes` of interpolated logits
+    are held at a time.
     """
     z, y, x = (linear_axis(n, m) for n, m in zip(logits.shape[1:], shape, strict=True))
     planes = _Planes(logits, regions=regions)
     for lower, upper, fraction in zip(z.lower.tolist(), z.upper.tolist(), z.fraction.tolist(), strict=True):
         decision = planes.cells(lower, upper)[y.lower][:, x.lower]
-        rows, columns = torch.nonzero(decision == MIXED, as_tuple=True)
-        if len(rows):
+        mixed = torch.nonzero(decision == MIXED, as_tuple=True)
+        if len(mixed[0]):
             table = planes.rows(lower)
             if fraction > 0:
                 table = torch.lerp(table, planes.rows(upper), fraction)
-            decision[rows, columns] = _interpolated(table, y, x, rows, columns, width=logits.shape[3], regions=regions)
+            width = logits.shape[3]
+            decision[mixed] = _interpolated(table, width, (y, x), mixed, regions=regions, row_bytes=row_bytes)
         yield decision.numpy()
 
 
@@ -120,10 +124,18 @@ def decide(rows: Tensor, *, regions: bool) -> Tensor:
 
 
 def _interpolated(
-    table: Tensor, y: LinearAxis, x: LinearAxis, rows: Tensor, columns: Tensor, *, width: int, regions: bool
+    table: Tensor,
+    width: int,
+    axes: tuple[LinearAxis, LinearAxis],
+    places: tuple[Tensor, ...],
+    *,
+    regions: bool,
+    row_bytes: int,
 ) -> Tensor:
-    """The decisions (N,) at output places (rows, columns) of a plane, its logits as a `table` (Y * X, K)."""
-    at_once = max(1, ROW_BYTES // (4 * table.shape[1]))
+    """The decisions (N,) at output `places` (rows, columns) of a plane, its logits as a `table` (Y * X, K)."""
+    y, x = axes
+    rows, columns = places
+    at_once = max(1, row_bytes // (4 * table.shape[1]))
     decisions = torch.empty(len(rows), dtype=torch.int16)
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
@@ -171,7 +183,8 @@ def export_labels(
     result = np.zeros((1, *geometry.original.shape), dtype=values.dtype)
     inside = _crop_view(result, geometry)[0]
     with torch.inference_mode():
-        planes = resampled_decisions(logits, inside.shape, regions=labels.has_regions)
+        row_bytes = min(ROW_BYTES, max_ram_bytes)
+        planes = resampled_decisions(logits, inside.shape, regions=labels.has_regions, row_bytes=row_bytes)
         for z, decisions in enumerate(planes):
             inside[z] = values[decisions]
     return Image(result, geometry.original)

@@ -75,8 +75,9 @@ class Model:
         """
         settings = settings or self.settings
         image = self.read(source, spacing)
-        logits, geometry = self.logits(image, settings=settings)
-        return export_labels(logits, geometry, self.plan.labels, max_ram_bytes=settings.max_ram_bytes)
+        case = self.preprocess(image)
+        logits = self.logits(case, image=image, settings=settings)
+        return export_labels(logits, case.geometry, self.plan.labels)
 
     def predict_probabilities(
         self, source: Source, spacing: Triple | None = None, *, settings: PredictionSettings | None = None
@@ -87,8 +88,9 @@ class Model:
         """
         settings = settings or self.settings
         image = self.read(source, spacing)
-        logits, geometry = self.logits(image, settings=settings)
-        return export_probabilities(logits, geometry, self.plan.labels, max_ram_bytes=settings.max_ram_bytes)
+        case = self.preprocess(image)
+        logits = self.logits(case, image=image, settings=settings)
+        return export_probabilities(logits, case.geometry, self.plan.labels, max_ram_bytes=settings.max_ram_bytes)
 
     def read(self, source: Source, spacing: Triple | None = None) -> Image:
         """The image (C, Z, Y, X) float32 of any `source` that `predict` takes, checked against the model."""
@@ -131,19 +133,17 @@ class Model:
         return preprocess_case(image, None, self.configuration.preprocessing, None)
 
     def logits(
-        self, image: Image, case: PreprocessedCase | None = None, *, settings: PredictionSettings | None = None
-    ) -> tuple[Tensor, CaseGeometry]:
-        """Logits (K, Z, Y, X) of a checked image on the network's grid, and the way back to the image's.
-
-        `case` is what `preprocess` gave for it, where that was done before.
-        """
+        self, case: PreprocessedCase, *, image: Image | None = None, settings: PredictionSettings | None = None
+    ) -> Tensor:
+        """Logits (K, Z, Y, X) on the network's grid of a case from `preprocess`; a cascade needs its `image` too."""
         settings = settings or self.settings
-        case = case or self.preprocess(image)
         array = case.image
         if self.previous is not None:
+            if image is None:
+                raise ValueError("a cascade needs the image, to predict with its previous stage")
             coarse = self.previous.predict(image, settings=settings)
             array = self.with_previous_labels(array, coarse, case.geometry)
-        return predict_network_grid(self, array, settings=settings), case.geometry
+        return predict_network_grid(self, array, settings=settings)
 
     def with_previous_labels(
         self, array: NDArray[np.float32], coarse: Image, geometry: CaseGeometry

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,8 @@ def synthetic_case(random: np.random.Generator, index: int, *, shape: Shape, spa
     _, label = body.painted(_coordinates(grid.shape, body))
     voxels = _acquired(brightness.reshape(grid.shape[0], FINE, *grid.shape[1:]).mean(axis=1), random)
     if index % 4 == 3:
-        voxels, label = _zero_border(voxels), _zero_border(label)
+        _zero_border(voxels)
+        _zero_border(label)
     image = Image(voxels[None], grid), Image(label[None], grid)
     if index % 3 == 2:
         turn = ORIENTATIONS[(index // 3) % len(ORIENTATIONS)]
@@ -100,7 +102,8 @@ class _Ellipsoid:
         z, y, x = where - self.centre.reshape(3, 1, 1, 1)
         cos, sin = np.cos(self.tilt), np.sin(self.tilt)
         turned = np.stack([z, cos * y - sin * x, sin * y + cos * x]) / self.radii.reshape(3, 1, 1, 1)
-        return 1 - np.sqrt((turned**2).sum(axis=0))
+        depth: Floats = 1 - np.sqrt((turned**2).sum(axis=0))
+        return depth
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ def _coordinates(shape: Shape, body: _Body) -> Floats:
         )
     )
     bent = [ndimage.map_coordinates(part, nodes, order=2, mode="nearest") for part in body.warp]
-    return straight + np.stack(bent)
+    coordinates: Floats = straight + np.stack(bent)
+    return coordinates
 
 
 def _acquired(brightness: Floats, random: np.random.Generator) -> NDArray[np.int16]:
@@ -189,7 +193,8 @@ def _acquired(brightness: Floats, random: np.random.Generator) -> NDArray[np.int
     texture = ndimage.gaussian_filter(random.normal(0, 1, shape), (0.5, 1.2, 1.2))
     signal = blurred * bias * (1 + 0.12 * texture / max(float(texture.std()), 1e-9))
     noisy = np.hypot(signal + random.normal(0, NOISE, shape), random.normal(0, NOISE, shape))
-    return np.rint(noisy * random.uniform(300, 900)).astype(np.int16)
+    voxels: NDArray[np.int16] = np.rint(noisy * random.uniform(300, 900)).astype(np.int16)
+    return voxels
 
 
 def _varied_grid(random: np.random.Generator, shape: Shape, spacing: Triple) -> Grid:
@@ -221,10 +226,9 @@ def _reoriented(image: Image, permutation: Permutation, flips: Flips) -> Image:
     return Image(array, turn_grid(image.grid, permutation, flips))
 
 
-def _zero_border(array: NDArray[np.generic]) -> NDArray[np.generic]:
-    """The outermost voxels set to zero, as a scanner's reconstruction leaves them."""
-    margin = [max(1, n // 14) for n in array.shape[1:]]
-    kept = np.zeros_like(array)
-    inner = (slice(None), slice(margin[0], -margin[0]), slice(margin[1], -margin[1]))
-    kept[inner] = array[inner]
-    return kept
+def _zero_border(array: NDArray[Any]) -> None:
+    """Set the outermost voxels of every slice to zero, as a scanner's reconstruction leaves them."""
+    for axis in (1, 2):
+        margin = max(1, array.shape[axis] // 14)
+        for edge in (slice(0, margin), slice(-margin, None)):
+            array[(slice(None),) * axis + (edge,)] = 0

@@ -74,8 +74,7 @@ def score_masks(
     box = union_box(prediction, reference)
     prediction, reference = prediction[box], reference[box]
     surfaces = _surface_distances(prediction, reference, spacing, plane=plane)
-    overlap = int(np.count_nonzero(prediction & reference))
-    predicted, expected = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
+    overlap, predicted, expected = _count(prediction & reference), _count(prediction), _count(reference)
     volume_ml = math.prod(spacing) / 1000
     return {
         "dice": _ratio(2 * overlap, predicted + expected),
@@ -92,14 +91,13 @@ def score_masks(
 def dice(prediction: Mask, reference: Mask) -> float:
     """Dice coefficient 2 |A and B| / (|A| + |B|), from 0 to 1; nan where both are empty."""
     _check_shapes(prediction, reference)
-    overlap = np.count_nonzero(prediction & reference)
-    return _ratio(2 * overlap, np.count_nonzero(prediction) + np.count_nonzero(reference))
+    return _ratio(2 * _count(prediction & reference), _count(prediction) + _count(reference))
 
 
 def iou(prediction: Mask, reference: Mask) -> float:
     """Intersection over union (Jaccard index), from 0 to 1; nan where both are empty."""
     _check_shapes(prediction, reference)
-    return _ratio(np.count_nonzero(prediction & reference), np.count_nonzero(prediction | reference))
+    return _ratio(_count(prediction & reference), _count(prediction | reference))
 
 
 def nsd(prediction: Mask, reference: Mask, spacing: Triple, *, tolerance_mm: float = TOLERANCE_MM) -> float:
@@ -123,8 +121,8 @@ def assd(prediction: Mask, reference: Mask, spacing: Triple) -> float:
 def volume_error(prediction: Mask, reference: Mask, spacing: Triple) -> tuple[float, float]:
     """Predicted minus reference volume: in ml, and as a ratio of the reference volume."""
     _check_shapes(prediction, reference)
-    expected = np.count_nonzero(reference)
-    difference = np.count_nonzero(prediction) - expected
+    expected = _count(reference)
+    difference = _count(prediction) - expected
     return difference * math.prod(spacing) / 1000, _relative(difference, expected)
 
 
@@ -157,7 +155,7 @@ class SurfaceDistances:
         """Share of surface voxels within the tolerance."""
         # a rounding error must not push a distance of exactly the tolerance out
         limit = tolerance_mm * (1 + 1e-9)
-        within = np.count_nonzero(self.from_prediction <= limit) + np.count_nonzero(self.from_reference <= limit)
+        within = _count(self.from_prediction <= limit) + _count(self.from_reference <= limit)
         return _ratio(within, self.from_prediction.size + self.from_reference.size)
 
     def hd95(self) -> float:
@@ -228,14 +226,17 @@ def _touched_components(mask: Mask, other: Mask) -> tuple[int, int]:
     if not mask.any():
         return 0, 0
     components: NDArray[Any] = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
-    touched = np.unique(components[other])
-    return int(np.count_nonzero(touched)), int(components.max())
+    return _count(np.unique(components[other])), int(components.max())
 
 
 def _along(axis: int, part: slice) -> Box:
     box = [slice(None), slice(None), slice(None)]
     box[axis] = part
     return (box[0], box[1], box[2])
+
+
+def _count(array: NDArray[Any]) -> int:
+    return int(np.count_nonzero(array))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -241,8 +241,13 @@ def score_pair(pair: Pair, *, labels: Labels | None, tolerance_mm: float) -> Sco
     scores: Scores = {}
     for name, values in groups.items():
         box = _enclosing([boxes[value] for value in values if value in boxes])
-        masks = [_mask(array[box], values) for array in (answer, truth)]
-        scores[name] = score_masks(*masks, reference.grid.spacing, tolerance_mm=tolerance_mm, plane=plane)
+        scores[name] = score_masks(
+            _mask(answer[box], values),
+            _mask(truth[box], values),
+            reference.grid.spacing,
+            tolerance_mm=tolerance_mm,
+            plane=plane,
+        )
     return scores
 
 
@@ -318,7 +323,7 @@ def _check_fit(pair: Pair, prediction: Image, reference: Image) -> None:
 
 def _whole_numbers(image: Image, case: str, path: Path, labels: Labels | None) -> Integers:
     """The label map `(Z, Y, X)` as integers, with values that the labels know."""
-    array = image.array[0]
+    array: NDArray[Any] = image.array[0]
     if not np.issubdtype(array.dtype, np.integer):
         rounded = np.rint(array)
         if not np.array_equal(rounded, array):  # NaN differs from itself
@@ -376,7 +381,8 @@ def _enclosing(boxes: Sequence[Box]) -> Box:
 
 
 def _mask(array: Integers, values: tuple[int, ...]) -> NDArray[np.bool_]:
-    return array == values[0] if len(values) == 1 else np.isin(array, values)
+    mask: NDArray[np.bool_] = array == values[0] if len(values) == 1 else np.isin(array, values)
+    return mask
 
 
 def _occurring_classes(cases: Any) -> tuple[str, ...]:

@@ -1,0 +1,250 @@
+"""A trained fold + the preprocessed store -> `validation/`: held-out predictions, scores, pictures, probabilities.
+
+    validation/CASE.nii.gz             labels on the grid of the raw image
+    validation/summary.json            every score, by case and class
+    validation/pictures/worst.png      and best.png, median.png
+    validation/probabilities/          a store: arrays "plain" and "mirrored", (K, Z, Y, X) float16 on the network grid
+
+The probabilities wait there until the selection of a configuration has used them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoseg.dataset import Case, RawDataset, read_case
+from autoseg.errors import AutosegError, CheckpointError, PlanError
+from autoseg.image import read_image, write_image
+from autoseg.inference.cascade import held_out_cases, prepare_previous_stage
+from autoseg.inference.evaluation import SUMMARY, Evaluation, Pair, evaluate_pairs
+from autoseg.inference.export import export_labels
+from autoseg.inference.pictures import best_median_worst, draw_case
+from autoseg.inference.predictor import Model, PredictionSettings, load_model, predict_network_grid
+from autoseg.labels import Labels
+from autoseg.plan import Plan
+from autoseg.preprocessing.store import Store, StoreEntry
+from autoseg.workspace import CHECKPOINT, VALIDATION, Workspace
+
+__all__ = ["prepare_previous_stage", "validate_fold"]  # training a cascade needs both
+
+log = logging.getLogger(__name__)
+
+ALL = "all"  # the fold that trains on every case
+PICTURES = "pictures"
+PROBABILITIES = "probabilities"
+PLAIN, MIRRORED = "plain", "mirrored"
+TRAINING_SCORES = (
+    "These are training scores: fold 'all' holds no case out, so the model was trained on every case it is scored on; "
+    "expect less on new images."
+)
+
+
+def validate_fold(
+    dataset: RawDataset,
+    plan: Plan,
+    configuration: str,
+    fold: str,
+    *,
+    workspace: Workspace,
+    cases: Sequence[str] | None = None,
+    device: str = "auto",
+    mirroring: bool = True,
+    workers: int = 1,
+    pictures: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Predict the held-out `cases` (default: those of `folds.json`) with the fold's checkpoint and score them.
+
+    Writes `validation/`. For fold `all`, which holds nothing out, every case of the store is predicted and the summary
+    says that these are training scores. Cases that this very checkpoint has predicted already are kept.
+    `progress(case, done, total)` is called after each prediction. A case that fails is named in the evaluation, the
+    others are finished. Raises CheckpointError where the fold is not trained with this plan, PlanError where a case is
+    not in the dataset.
+    """
+    folder = workspace.fold(configuration, fold)
+    validation = folder / VALIDATION
+    settings = plan.configuration(configuration)
+    before = prepare_previous_stage(plan, configuration, workspace=workspace, workers=workers)
+    previous = None if before is None else Store(before)
+    store = Store(workspace.store(settings.preprocessing))
+    chosen = _chosen_cases(dataset, _held_out(fold, store, workspace) if cases is None else cases, fold=fold)
+    failed = _predict_missing(
+        chosen, store, previous,
+        folder=folder, plan=plan, ending=dataset.file_ending, device=device, mirroring=mirroring, progress=progress,
+    )  # fmt: skip
+    pairs = [
+        Pair(case.identifier, _prediction(validation, case.identifier, dataset.file_ending), case.label)
+        for case in chosen
+        if case.identifier not in failed and case.label is not None
+    ]
+    note = TRAINING_SCORES if fold == ALL else ""
+    evaluation = evaluate_pairs(pairs, labels=plan.labels, workers=workers, note=note)
+    evaluation = replace(evaluation, failed={**evaluation.failed, **failed})
+    evaluation.save(validation / SUMMARY)
+    if pictures:
+        draw_validation(evaluation, dataset, validation)
+    return evaluation
+
+
+def draw_validation(evaluation: Evaluation, dataset: RawDataset, folder: Path) -> list[Path]:
+    """Write the pictures of the best, median and worst case of `folder`, and give their paths back."""
+    known = {case.identifier: case for case in (*dataset.cases, *dataset.test_cases)}
+    paths = []
+    for rank, identifier in best_median_worst(evaluation.ranking()).items():
+        image, reference = read_case(known[identifier], dataset)
+        path = folder / PICTURES / f"{rank}.png"
+        draw_case(
+            path,
+            image=image,
+            reference=reference,
+            prediction=read_image(_prediction(folder, identifier, dataset.file_ending)),
+            labels=dataset.labels,
+            title=f"{rank} of {len(evaluation.cases)}: {identifier}, {dice_sentence(evaluation, identifier)}",
+        )
+        paths.append(path)
+    return paths
+
+
+def dice_sentence(evaluation: Evaluation, case: str) -> str:
+    """ "Dice 0.87 (anterior 0.86, posterior 0.88)"; the worst classes first where there are many."""
+    scores = {name: metrics["dice"] for name, metrics in evaluation.cases[case].items() if metrics["dice"] >= 0}
+    mean = sum(scores.values()) / len(scores)
+    if len(scores) == 1:
+        return f"Dice {mean:.3f}"
+    shown = list(scores.items()) if len(scores) <= 4 else sorted(scores.items(), key=lambda item: item[1])[:4]
+    rest = f", {len(scores) - 4} better ones" if len(scores) > 4 else ""
+    return f"Dice {mean:.3f} ({', '.join(f'{name} {value:.2f}' for name, value in shown)}{rest})"
+
+
+def _held_out(fold: str, store: Store, workspace: Workspace) -> Sequence[str]:
+    if fold == ALL:
+        return store.cases()
+    folds = held_out_cases(workspace.folds)
+    if not fold.isdigit() or int(fold) >= len(folds):
+        raise PlanError(f"Fold '{fold}' is not there; choose one of 0 to {len(folds) - 1}, or all.")
+    return folds[int(fold)]
+
+
+def _chosen_cases(dataset: RawDataset, identifiers: Sequence[str], *, fold: str) -> list[Case]:
+    known = {case.identifier: case for case in dataset.cases}
+    unknown = [identifier for identifier in identifiers if identifier not in known]
+    if unknown:
+        raise PlanError(f"Fold {fold} holds out {', '.join(unknown[:5])}, which {dataset.root} does not have.")
+    if not identifiers:
+        raise PlanError(f"Fold {fold} holds out no case, so there is nothing to validate on.")
+    return [known[identifier] for identifier in identifiers]
+
+
+def _predict_missing(
+    cases: Sequence[Case],
+    store: Store,
+    previous: Store | None,
+    *,
+    folder: Path,
+    plan: Plan,
+    ending: str,
+    device: str,
+    mirroring: bool,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, str]:
+    """Predict what this checkpoint has not predicted yet; case -> sentence of those that failed."""
+    source = f"{_checksum(folder / CHECKPOINT)} {'mirrored' if mirroring else 'plain'}"
+    validation = folder / VALIDATION
+    kept = Store(validation / PROBABILITIES)
+    todo = [
+        case.identifier
+        for case in cases
+        if not _is_done(kept, case.identifier, source, label=_prediction(validation, case.identifier, ending))
+    ]
+    log.info("%s: %d of %d cases are predicted already", validation, len(cases) - len(todo), len(cases))
+    if not todo:
+        return {}
+    model = load_model(folder, device)
+    if model.plan.id != plan.id:
+        raise CheckpointError(
+            f"{folder / CHECKPOINT}: was trained with another plan ({model.plan.id}) than that of the workspace "
+            f"({plan.id}); train the fold anew, or plan into another --workspace."
+        )
+    failed: dict[str, str] = {}
+    for number, case in enumerate(todo, start=1):
+        try:
+            entry = store.entry(case)
+            image = _network_input(entry, None if previous is None else previous.entry(case), plan.labels)
+            logits, probabilities = _predict(model, image, mirroring=mirroring)
+            write_image(export_labels(logits, entry.geometry, plan.labels), _prediction(validation, case, ending))
+            kept.write(case, probabilities, entry.geometry, {}, source=source)
+        except AutosegError as error:
+            sentence = str(error)
+            failed[case] = sentence if case in sentence else f"Case {case}: {sentence}"
+            log.error("%s", failed[case])
+        if progress is not None:
+            progress(case, number, len(todo))
+    return failed
+
+
+def _network_input(entry: StoreEntry, previous: StoreEntry | None, labels: Labels) -> NDArray[np.float32]:
+    """Image channels (C, Z, Y, X) and, in a cascade, after them where the previous stage saw each structure."""
+    image = np.asarray(entry.read("image"), dtype=np.float32)
+    if previous is None:
+        return image
+    seen = previous.read("label")[0]
+    return np.concatenate([image, np.stack([labels.mask(seen, name) for name in labels.names]).astype(np.float32)])
+
+
+def _predict(
+    model: Model, image: NDArray[np.float32], *, mirroring: bool
+) -> tuple[Tensor, dict[str, NDArray[np.float16]]]:
+    """The logits to export, and the probabilities to keep: without mirroring, and with it where the plan allows any."""
+    regions = model.plan.labels.has_regions
+    logits = predict_network_grid(model, image, settings=PredictionSettings(mirroring=False))
+    probabilities = {PLAIN: _probabilities(logits, regions=regions)}
+    if mirroring and model.configuration.training.mirror_axes:
+        logits = predict_network_grid(model, image, settings=PredictionSettings(mirroring=True))
+        probabilities[MIRRORED] = _probabilities(logits, regions=regions)
+    return logits, probabilities
+
+
+def _probabilities(logits: Tensor, *, regions: bool) -> NDArray[np.float16]:
+    """(K, Z, Y, X) float16, plane by plane: a second float32 copy of the logits might not fit."""
+    result = np.empty(tuple(logits.shape), np.float16)
+    with torch.inference_mode():
+        for z in range(logits.shape[1]):
+            plane = logits[:, z].float()
+            result[:, z] = (plane.sigmoid() if regions else plane.softmax(0)).numpy()
+    return result
+
+
+def _is_done(kept: Store, case: str, source: str, *, label: Path) -> bool:
+    """Whether this checkpoint predicted the case; the probabilities are written last."""
+    if not kept.has(case) or not label.is_file():
+        return False
+    try:
+        entry = kept.entry(case)
+    except AutosegError:
+        return False
+    return bool(entry.source == source and entry.is_whole())
+
+
+def _prediction(validation: Path, case: str, ending: str) -> Path:
+    return validation / f"{case}{ending}"
+
+
+def _checksum(path: Path) -> str:
+    """Tells one checkpoint from another, so that predictions of an older one are made anew."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path}: there is no such checkpoint; train the fold first.") from error
+    return digest.hexdigest()[:16]

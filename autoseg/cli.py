@@ -292,7 +292,7 @@ def train_fold(
     Example:
       autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0 --time 30m
     """
-    from autoseg.pipeline import load_plan, train_and_validate
+    from autoseg.pipeline import load_plan, train, validate
     from autoseg.units import format_seconds, parse_seconds
 
     screen = _screen(verbose, quiet)
@@ -300,8 +300,7 @@ def train_fold(
     plan, place = load_plan(dataset, workspace)
     plan.configuration(configuration)
     with screen.training(f"{configuration} fold {fold}") as bar, screen.stop_signals() as stop:
-        outcome = train_and_validate(
-            dataset,
+        trained = train(
             plan,
             configuration,
             fold,
@@ -315,18 +314,28 @@ def train_fold(
             on_step=bar,
             stop=stop,
         )
-    trained = outcome.trained
     screen.say(f"{trained.checkpoint}: {trained.steps} steps in {format_seconds(trained.seconds)}.")
     if not trained.finished:
         return screen.refuse(
             "Stopped before the budget was spent: the model is valid; --continue goes on, then scores it.",
             stop.status,
         )
-    if outcome.evaluation is None:
+    with screen.named_cases("predicting held-out cases") as progress:
+        evaluation = validate(
+            dataset,
+            plan,
+            configuration,
+            fold,
+            workspace=place,
+            device=device,
+            workers=_cores(workers),
+            progress=progress,
+        )
+    if evaluation is None:
         screen.say("Every case was trained on, so none is held out to be scored.")
         return DONE
-    screen.say(outcome.evaluation.table())
-    return _complain(screen, outcome.evaluation.problems())
+    screen.say(evaluation.table())
+    return _complain(screen, evaluation.problems())
 
 
 @command("predict", "Segment images with a trained model.")
@@ -347,7 +356,7 @@ def predict(
     ] = False,
     skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave finished cases alone.")] = False,
     no_mirroring: Annotated[
-        bool, typer.Option("--no-mirroring", help="Do not average over mirrored copies: faster, a little less exact.")
+        bool, typer.Option("--no-mirroring", help="Do not average over mirrored copies: faster.")
     ] = False,
     step_size: Annotated[
         float, typer.Option("--step-size", metavar="SHARE", help="Step between tiles as a fraction of the tile.")

@@ -207,17 +207,7 @@ def _check_writable(place: Workspace) -> None:
     probe.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class ValidatedFold:
-    """What came of one fold."""
-
-    trained: TrainedFold
-    evaluation: Evaluation | None
-    """Scores of the held-out cases; None where there are none (fold `all`) or the training was stopped."""
-
-
-def train_and_validate(
-    dataset_root: Path,
+def train(
     plan: Plan,
     configuration: str,
     fold: str,
@@ -231,21 +221,16 @@ def train_and_validate(
     workers: int | None = None,
     on_step: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> ValidatedFold:
-    """Train one fold, then predict and score the cases that it held out.
+) -> TrainedFold:
+    """Train one fold; a cascade first brings the held-out predictions of its previous stage into a store.
 
-    A cascade first brings the held-out predictions of its previous stage into a store. Raises what training and
-    prediction raise.
+    Raises what these two raise: PlanError, CheckpointError, StorageError.
     """
-    from autoseg.inference.crossval import prepare_previous_stage, validate_fold
-    from autoseg.training.folds import ALL
+    from autoseg.inference.cascade import prepare_previous_stage
     from autoseg.training.loop import train_fold
 
-    dataset = list_cases(Path(dataset_root)).dataset
-    previous = None
-    if plan.configuration(configuration).previous_stage is not None:
-        previous = prepare_previous_stage(plan, configuration, workspace=workspace)
-    trained = train_fold(
+    previous = prepare_previous_stage(plan, configuration, workspace=workspace, workers=workers or 1)
+    return train_fold(
         plan,
         configuration,
         fold,
@@ -260,7 +245,26 @@ def train_and_validate(
         stop=stop,
         **({} if workers is None else {"workers": workers}),
     )
-    if not trained.finished or fold == ALL:
-        return ValidatedFold(trained, None)
-    evaluation = validate_fold(dataset, plan, configuration, fold, workspace=workspace, device=device)
-    return ValidatedFold(trained, evaluation)
+
+
+def validate(
+    dataset_root: Path,
+    plan: Plan,
+    configuration: str,
+    fold: str,
+    *,
+    workspace: Workspace,
+    device: str = "auto",
+    workers: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation | None:
+    """Predict and score the cases that a trained fold held out; None for fold `all`, which holds none out."""
+    from autoseg.inference.crossval import validate_fold
+    from autoseg.training.folds import ALL
+
+    if fold == ALL:
+        return None
+    dataset = list_cases(Path(dataset_root)).dataset
+    return validate_fold(
+        dataset, plan, configuration, fold, workspace=workspace, device=device, workers=workers, progress=progress
+    )

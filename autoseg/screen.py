@@ -62,7 +62,6 @@ class Screen:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.handlers[:] = [handler]
         logger.setLevel(level)
-        logger.propagate = False
 
     def say(self, text: str) -> None:
         """A result."""

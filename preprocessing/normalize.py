@@ -113,16 +113,19 @@ def correct_bias_field(volume: Volume, mask: Mask, spacing: Triple) -> Volume:
 
     if not mask.any() or float(np.ptp(volume[mask])) <= SMALLEST_SPREAD:
         return volume
-    lowest = float(volume[mask].min())
+    axes = [axis for axis in range(3) if volume.shape[axis] > 1]
+    if len(axes) < 2:  # N4 fits surfaces and volumes
+        return volume
     # N4 works on logarithms: intensities must be positive
-    shift = 1.0 - lowest if lowest <= 0 else 0.0
-    factor = max(1, round((volume.size / N4_VOXELS) ** (1 / 3)))
-    image, region = sitk.GetImageFromArray(volume + np.float32(shift)), sitk.GetImageFromArray(mask.astype(np.uint8))
+    lowest = float(volume[mask].min())
+    positive = volume + np.float32(1 - lowest if lowest <= 0 else 0)
+    image, region = (sitk.GetImageFromArray(np.squeeze(a)) for a in (positive, mask.astype(np.uint8)))
     for grid in (image, region):
-        grid.SetSpacing(spacing[::-1])
-    shrink = [min(factor, size) for size in image.GetSize()]
+        grid.SetSpacing([spacing[axis] for axis in reversed(axes)])
+    factor = max(1, round((volume.size / N4_VOXELS) ** (1 / len(axes))))
+    shrink = [max(1, min(factor, size // 4)) for size in image.GetSize()]
     corrector = sitk.N4BiasFieldCorrectionImageFilter()
     corrector.Execute(sitk.Shrink(image, shrink), sitk.Shrink(region, shrink))
     field = np.exp(sitk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(image)))
-    corrected = (volume + np.float32(shift)) / field - np.float32(shift)
+    corrected = positive / field.reshape(volume.shape) - (positive - volume)
     return np.where(mask, corrected, volume).astype(np.float32)

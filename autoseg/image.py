@@ -136,6 +136,8 @@ def write_image(image: Image, path: Path) -> None:
         raise DatasetError(f"{path}: {unknown_choice('the file ending', path.suffix, FORMATS)}")
     if ending in DETACHED_ENDINGS:
         raise DatasetError(f"{path}: {ending} is not written; choose .mha or .nrrd, which hold header and voxels.")
+    if image.array.dtype.kind == "f" and not np.isfinite(image.array).all():
+        raise DatasetError(f"{path}: not written: the image has NaN or infinite voxels, which no reader would keep.")
     writer = sitk.ImageFileWriter()
     writer.SetImageIO(FORMATS[ending])
     writer.SetUseCompression(True)

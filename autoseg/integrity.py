@@ -6,6 +6,7 @@ Each check reads the file once, in small pieces; compressed streams are verified
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import struct
@@ -13,13 +14,18 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from autoseg.errors import DatasetError
 
 CHUNK_BYTES = 1 << 16  # compressed bytes at a time; zeros unpack to a thousand times as much
+PLAIN_CHUNK_BYTES = 1 << 22
 GZIP_MAGIC = b"\x1f\x8b"
 NIFTI1_HEADER_BYTES, NIFTI2_HEADER_BYTES = 348, 540
+NIFTI_FLOATS = {16: "f4", 64: "f8"}  # data type code -> NumPy's name
+NIFTI_OFFSET_LIMIT = 1e9  # bytes of header extensions
 HEADER_LIMIT_BYTES = 1 << 20  # text headers (MetaImage, NRRD) are far shorter
 
 META_TYPE_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "FLOAT": 4, "LONG": 4}
@@ -56,23 +62,56 @@ TIFF_OFFSETS = {273: 279, 324: 325}  # where strips and tiles are -> how long th
 
 
 def check_nifti(path: Path) -> None:
-    """Refuse a NIfTI file, compressed or not, whose header or voxels are not all there. Raises DatasetError."""
+    """Refuse a NIfTI file, compressed or not, whose header or voxels are not all there, or not numbers.
+
+    ITK's reader puts zeros where a NIfTI file holds NaN or infinity, so that nobody would see them later.
+    Raises DatasetError.
+    """
     with open(path, "rb") as file:
         compressed = file.read(2) == GZIP_MAGIC
-    if not compressed:
-        with open(path, "rb") as file:
-            header = file.read(NIFTI1_HEADER_BYTES)
-        _check_nifti_header(path, header, path.stat().st_size)
+    pieces = _unpacked(path, 0, zlib.MAX_WBITS | 16) if compressed else _plain(path)
+    content = b""
+    for piece in pieces:
+        content += piece
+        if len(content) >= NIFTI1_HEADER_BYTES:
+            break
+    header = _nifti_header(path, content[:NIFTI1_HEADER_BYTES])
+    if not compressed and header.floats is None:
+        _check_size(path, path.stat().st_size - header.offset, header.voxel_bytes)
         return
-    header, size = b"", 0
-    for piece in _unpacked(path, 0, zlib.MAX_WBITS | 16):
-        if len(header) < NIFTI1_HEADER_BYTES:
-            header += piece[:NIFTI1_HEADER_BYTES]
-        size += len(piece)
-    _check_nifti_header(path, header[:NIFTI1_HEADER_BYTES], size)
+    found, unusable, rest = 0, 0, b""
+    for piece in itertools.chain([content], pieces):
+        # the part of this piece that is voxels, together with the bytes of a voxel cut in two before
+        begin, end = max(header.offset - found, 0), header.offset + header.voxel_bytes - found
+        found += len(piece)
+        if header.floats is not None:
+            rest += piece[begin : max(end, 0)]
+            usable = len(rest) - len(rest) % header.floats.itemsize
+            values = np.frombuffer(rest[:usable], header.floats)
+            unusable += values.size - int(np.isfinite(values).sum())
+            rest = rest[usable:]
+    _check_size(path, found - header.offset, header.voxel_bytes)
+    if unusable:
+        raise DatasetError(
+            f"{path}: {unusable} of {header.voxels} voxels are NaN or infinite; replace them by a value that makes "
+            "sense for the image."
+        )
 
 
-def _check_nifti_header(path: Path, header: bytes, size: int) -> None:
+@dataclass(frozen=True)
+class _NiftiHeader:
+    """What the checks need of a NIfTI-1 header."""
+
+    offset: int
+    """Where the voxels begin."""
+    voxels: int
+    voxel_bytes: int
+    """Bytes of all voxels."""
+    floats: np.dtype[Any] | None
+    """The type of the voxels if it has NaN."""
+
+
+def _nifti_header(path: Path, header: bytes) -> _NiftiHeader:
     if len(header) < NIFTI1_HEADER_BYTES:
         raise DatasetError(
             f"{path}: not a NIfTI image, or cut off in its header: {len(header)} bytes, expected at least "
@@ -85,11 +124,15 @@ def _check_nifti_header(path: Path, header: bytes, size: int) -> None:
         raise DatasetError(f"{path}: not a NIfTI image (its header does not begin with {NIFTI1_HEADER_BYTES}).")
     dimensions = struct.unpack_from(order + "8h", header, 40)
     rank, sizes = dimensions[0], dimensions[1 : 1 + max(0, dimensions[0])]
-    if not 1 <= rank <= 7 or any(n < 1 for n in sizes):
-        raise DatasetError(f"{path}: the NIfTI header is damaged (dimensions {list(dimensions)}).")
-    bits_per_voxel = struct.unpack_from(order + "h", header, 72)[0]
-    offset = max(0, int(struct.unpack_from(order + "f", header, 108)[0]))
-    _check_size(path, size - offset, math.prod(sizes) * bits_per_voxel // 8)
+    offset = struct.unpack_from(order + "f", header, 108)[0]
+    if not 1 <= rank <= 7 or any(n < 1 for n in sizes) or not 0 <= offset < NIFTI_OFFSET_LIMIT:
+        raise DatasetError(f"{path}: the NIfTI header is damaged (dimensions {list(dimensions)}, offset {offset}).")
+    kind, bits_per_voxel = struct.unpack_from(order + "2h", header, 70)
+    voxels = math.prod(sizes)
+    floats = NIFTI_FLOATS.get(kind)
+    return _NiftiHeader(
+        int(offset), voxels, voxels * bits_per_voxel // 8, None if floats is None else np.dtype(order + floats)
+    )
 
 
 def check_meta(path: Path) -> None:
@@ -278,6 +321,11 @@ def _check_size(path: Path, found: int, expected: int) -> None:
             f"{path}: truncated or header only: {max(0, found)} bytes of voxels, expected {expected}; "
             "copy the file again."
         )
+
+
+def _plain(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from iter(lambda: file.read(PLAIN_CHUNK_BYTES), b"")
 
 
 def _unpacked(path: Path, offset: int, window_bits: int) -> Iterator[bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from autoseg.errors import PlanError, unknown_choice
@@ -9,9 +11,9 @@ from autoseg.errors import PlanError, unknown_choice
 
 def resolve_device(name: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises PlanError where it is not there."""
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", name):
         raise PlanError(unknown_choice("Device", name, ("auto", "cpu", "cuda", "cuda:0", "mps")))
+    kind, _, index = name.partition(":")
     if kind == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

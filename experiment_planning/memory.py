@@ -1,0 +1,188 @@
+"""An architecture -> what one training step of it needs: memory and operations, measured on fake tensors.
+
+The real network, loss and optimiser of `autoseg.training.step` take a step under FakeTensorMode: its tensors have a
+shape, a type and a lifetime but no memory, and they follow autocast. A dispatch mode sees every tensor that an
+operation returns and counts each storage once, from its birth until the last reference to it is gone. The highest
+sum is the peak: parameters, gradients, optimiser state, averaged weights, everything kept for the backward pass and
+the largest transient, at the moment at which they are largest together. Nothing is scaled by reference constants.
+
+What a convolution kernel allocates inside itself is the one thing that fake tensors cannot show; `workspace_bytes`
+counts it from what oneDNN documents.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from autoseg.labels import Labels
+from autoseg.plan import Architecture, Configuration, Shape
+from autoseg.training.settings import RECIPES
+from autoseg.training.step import TrainingState, build_training, training_step
+
+CHANNEL_BLOCK = 16  # channels in a block of oneDNN's layout on a processor with 512-bit vectors
+PLAIN_CHANNELS = 3  # up to so many input channels oneDNN reads the plain layout
+PRECISIONS: dict[str, torch.dtype | None] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one training step needs."""
+
+    peak_bytes: int
+    """Largest sum of everything alive at once."""
+    persistent_bytes: int
+    """Alive between two steps: parameters, gradients, optimiser state, averaged weights."""
+    step_flops: int
+    """Floating-point operations of the convolutions and matrix products of one step, forward and backward."""
+    parameters: int
+    """Trainable parameters."""
+
+
+def training_memory(
+    configuration: Configuration,
+    labels: Labels,
+    *,
+    batch_size: int | None = None,
+    patch_size: Shape | None = None,
+    precision: str = "bf16",
+) -> MemoryEstimate:
+    """What a training step of `configuration` needs, by default with its own batch and patch size.
+
+    `precision` is a key of PRECISIONS: the type that autocast computes in.
+    """
+    meter = StepMeter(configuration.architecture, labels, recipe=configuration.training.recipe, precision=precision)
+    return meter.measure(batch_size or configuration.batch_size, patch_size or configuration.patch_size)
+
+
+class StepMeter:
+    """A training of one architecture on fake tensors, built once and measured for any batch and patch size."""
+
+    def __init__(self, architecture: Architecture, labels: Labels, *, recipe: str, precision: str = "bf16") -> None:
+        self.channels = architecture.input_channels
+        self.precision = PRECISIONS[precision]
+        self.fake = FakeTensorMode()
+        self.live = LiveStorages()
+        with self.fake, self.live:
+            self.state = build_training(architecture, labels, RECIPES[recipe])
+        self.parameters = sum(p.numel() for p in self.state.network.parameters())
+
+    def measure(self, batch_size: int, patch_size: Shape) -> MemoryEstimate:
+        """Take one step on a batch (batch_size, C, *patch_size)."""
+        before_update: list[int] = []
+        state_before = _state_bytes(self.state)
+
+        def remember(*_: object) -> None:
+            before_update.append(self.live.peak_bytes)
+
+        hook = self.state.optimizer.register_step_pre_hook(remember)
+        with self.fake, self.live:
+            self.live.restart()
+            image = torch.zeros((batch_size, self.channels, *patch_size))
+            label = torch.zeros((batch_size, 1, *patch_size), dtype=torch.int16)
+            training_step(self.state, image, label, precision=self.precision)
+            data = image.untyped_storage().nbytes() + label.untyped_storage().nbytes()
+        hook.remove()
+        # the first step ever runs without optimiser state, every later one with it
+        made = _state_bytes(self.state) - state_before
+        return MemoryEstimate(
+            peak_bytes=max(before_update[0] + made, self.live.peak_bytes),
+            persistent_bytes=self.live.bytes - data,
+            step_flops=self.live.flops,
+            parameters=self.parameters,
+        )
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages that operations made and something still refers to; and the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        """Alive now."""
+        self.peak_bytes = 0
+        """The most that was alive since `restart`, kernels' workspace included."""
+        self.flops = 0
+        """Counted since `restart`."""
+        self._known: set[int] = set()
+
+    def restart(self) -> None:
+        """Begin a new measurement; what is alive stays counted."""
+        self.peak_bytes, self.flops = self.bytes, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operation and take note of what it made."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # `.item()`: AdamW asks for its step number, and a fake tensor has no value
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self.bytes + workspace_bytes(func, args, out))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.bytes += size
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def workspace_bytes(func: Any, args: Sequence[Any], out: Any) -> int:
+    """What a convolution needs beyond its arguments and results while it runs; 0 for every other operation.
+
+    oneDNN computes on copies of its operands in a layout with channels in blocks of 16. Forward it holds the input's,
+    the weight's and the output's; backward those of input and output gradient, and with bf16 also a transposed sample
+    of both for each thread and the weight gradient in float32. On a GPU cuDNN makes similar copies where it prefers
+    another layout than the given one, so the same reserve is kept.
+    """
+    aten = torch.ops.aten
+    if func is aten.convolution.default:
+        image, weight, transposed = args[0], args[1], args[6]
+        channels = weight.shape[0 if transposed else 1]
+        source = 0 if channels <= PLAIN_CHANNELS else _blocked_bytes(image)
+        target = _blocked_bytes(out)
+        return max(source + _bytes(weight) + target - _bytes(out), target)
+    if func is aten.convolution_backward.default:
+        gradient, image, weight = args[0], args[1], args[2]
+        copies = _blocked_bytes(gradient) + (0 if image.shape[1] <= PLAIN_CHANNELS else _blocked_bytes(image))
+        if image.dtype == torch.float32:
+            return copies
+        samples = min(image.shape[0], torch.get_num_threads())
+        return copies + copies * samples // int(image.shape[0]) + 4 * weight.numel()
+    return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _blocked_bytes(tensor: Tensor) -> int:
+    """Bytes of a (B, C, ...) tensor with its channels filled up to whole blocks."""
+    channels = int(tensor.shape[1])
+    return _bytes(tensor) // channels * CHANNEL_BLOCK * math.ceil(channels / CHANNEL_BLOCK)
+
+
+def _state_bytes(state: TrainingState) -> int:
+    entries = (value for group in state.optimizer.state.values() for value in group.values())
+    return sum(_bytes(value) for value in entries if isinstance(value, Tensor))

@@ -1,4 +1,4 @@
-"""A seed -> the embedded synthetic dataset, as raw files in nnU-Net v2 layout; and the whole story told on it.
+"""A seed -> the embedded synthetic dataset, as raw files in nnU-Net v2 layout; and the whole story, told with it.
 
 The dataset is a small imitation of an abdominal MRI: thick slices, an organ of two touching parts on the patient's
 right, and a pair of glands that look alike, so that only their side tells them apart. A pipeline that mirrors left and
@@ -7,22 +7,30 @@ right, mixes up axes or ignores the orientation of a file scores visibly worse.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from autoseg.dataset import DATASET_JSON
+from autoseg.dataset import DATASET_JSON, RawDataset
+from autoseg.errors import StorageError
 from autoseg.files import write_json
 from autoseg.geometry import Flips, Permutation, turn_array, turn_grid
 from autoseg.image import Grid, Image, write_image
 
+if TYPE_CHECKING:
+    from autoseg.inference.evaluation import Evaluation
+    from autoseg.training.loop import Progress
+
 NAME = "Dataset900_Demo"
 LABELS = {"background": 0, "organ_front": 1, "organ_back": 2, "gland_left": 3, "gland_right": 4}
 FILE_ENDING = ".nii.gz"
+DEMO_CONFIGURATION = "3d_fullres"
 
 Floats = NDArray[np.float64]
 Shape = tuple[int, int, int]
@@ -32,6 +40,137 @@ FINE = 3  # thick slices are averaged from this many thin ones: the partial-volu
 AIR, TISSUE, FRONT, BACK, GLAND, DECOY, SPINE = 0.03, 0.42, 0.62, 0.80, 0.72, 0.74, 0.15  # mean brightness
 NOISE = 0.05  # standard deviation of the noise, in the same unit
 BIAS = 0.25  # strength of the bias field: about +-25 % across the image
+
+
+@dataclass(frozen=True)
+class DemoOutcome:
+    """What the demo made, and where it is."""
+
+    dataset: Path
+    """The raw dataset."""
+    workspace: Path
+    """Fingerprint, plan, preprocessed cases and the model."""
+    model: Path
+    """The trained fold, which `autoseg predict --model` takes."""
+    predictions: Path
+    """Label files of the test cases, and `summary.json` with their scores."""
+    pictures: tuple[Path, ...]
+    """The best, median and worst of them."""
+    held_out: Evaluation
+    """Scores of the training cases that the fold held out."""
+    test: Evaluation
+    """Scores of the test cases, which the training never saw."""
+    steps: int
+    """Training steps that the time allowed."""
+    seconds: dict[str, float]
+    """How long each part took, in order."""
+
+    def summary(self) -> str:
+        """The whole story in plain text."""
+        took = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.seconds.items())
+        dice = self.held_out.mean["dice"]
+        lines = [
+            f"Trained {self.steps} steps; mean Dice {dice.mean:.3f} on the {dice.cases} held-out cases.",
+            f"The {len(self.test.cases)} test cases:",
+            "",
+            self.test.table(),
+            "",
+            f"raw data     {self.dataset}",
+            f"workspace    {self.workspace}",
+            f"model        {self.model}",
+            f"predictions  {self.predictions}",
+            *(f"picture      {path}" for path in self.pictures),
+            f"took         {sum(self.seconds.values()):.0f} s: {took}",
+        ]
+        return "\n".join(lines)
+
+
+def run_demo(
+    folder: Path,
+    *,
+    seconds: float = 60.0,
+    device: str = "auto",
+    workers: int = 2,
+    seed: int = 0,
+    on_part: Callable[[str], None] = lambda part: None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> DemoOutcome:
+    """From raw files to scored predictions and pictures of them, with the functions that the commands call.
+
+    Trains one fold for `seconds`. `on_part` is told what begins, `on_step` where the training stands. Raises
+    StorageError where `folder` is in use, because nothing that is there shall be lost.
+    """
+    from autoseg.inference.crossval import draw_predictions
+    from autoseg.inference.evaluation import SUMMARY, evaluate_folders
+    from autoseg.inference.predictor import load_model
+    from autoseg.inference.run import predict_files
+    from autoseg.pipeline import plan_and_preprocess, train, validate
+
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"{folder}: is not empty; delete it, or give the demo another folder.")
+    clock = _Clock(on_part)
+
+    clock.begin("raw data")
+    root = write_synthetic_dataset(folder / NAME, seed=seed)
+
+    clock.begin("plan and preprocess")
+    planned = plan_and_preprocess(
+        root,
+        workspace=folder / "workspace",
+        fold_seconds=seconds,
+        configurations=[DEMO_CONFIGURATION],
+        device=device,
+        workers=workers,
+    )
+    plan, workspace = planned.plan, planned.workspace
+
+    clock.begin("training")
+    trained = train(
+        plan, DEMO_CONFIGURATION, "0", workspace=workspace, device=device, seconds=seconds, seed=seed, on_step=on_step
+    )
+
+    clock.begin("held-out cases")
+    held_out = validate(root, plan, DEMO_CONFIGURATION, "0", workspace=workspace, device=device, workers=workers)
+    assert held_out is not None  # only fold `all` holds nothing out
+
+    clock.begin("prediction")
+    model, predictions = workspace.fold(DEMO_CONFIGURATION, "0"), folder / "predictions"
+    predict_files(load_model(model, device), root / "imagesTs", predictions)
+
+    clock.begin("scores and pictures")
+    test = evaluate_folders(predictions, root / "labelsTs", labels=plan.labels, workers=workers)
+    test.save(predictions / SUMMARY)
+    pictures = draw_predictions(test, RawDataset.load(root), predictions)
+    return DemoOutcome(
+        dataset=root,
+        workspace=workspace.root,
+        model=model,
+        predictions=predictions,
+        pictures=tuple(pictures),
+        held_out=held_out,
+        test=test,
+        steps=trained.steps,
+        seconds=clock.ended(),
+    )
+
+
+class _Clock:
+    """Announces the parts of the story and notes how long each takes."""
+
+    def __init__(self, on_part: Callable[[str], None]) -> None:
+        self._on_part = on_part
+        self._began: dict[str, float] = {}
+
+    def begin(self, part: str) -> None:
+        """The part before is over."""
+        self._began[part] = time.monotonic()
+        self._on_part(part)
+
+    def ended(self) -> dict[str, float]:
+        """Seconds of each part."""
+        marks = [*self._began.values(), time.monotonic()]
+        return {part: after - mark for part, mark, after in zip(self._began, marks, marks[1:], strict=False)}
 
 
 def write_synthetic_dataset(

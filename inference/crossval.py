@@ -91,12 +91,12 @@ def validate_fold(
     evaluation = replace(evaluation, failed={**evaluation.failed, **failed})
     evaluation.save(validation / SUMMARY)
     if pictures:
-        draw_validation(evaluation, dataset, validation)
+        draw_predictions(evaluation, dataset, validation)
     return evaluation
 
 
-def draw_validation(evaluation: Evaluation, dataset: RawDataset, folder: Path) -> list[Path]:
-    """Write the pictures of the best, median and worst case of `folder`, and give their paths back."""
+def draw_predictions(evaluation: Evaluation, dataset: RawDataset, folder: Path) -> list[Path]:
+    """Write pictures of the best, median and worst prediction in `folder` to `folder/pictures`; their paths."""
     known = {case.identifier: case for case in (*dataset.cases, *dataset.test_cases)}
     paths = []
     for rank, identifier in best_median_worst(evaluation.ranking()).items():

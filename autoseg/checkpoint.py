@@ -6,6 +6,9 @@ Opening one runs no code: the file is a table of tensors and text.
 from __future__ import annotations
 
 import json
+import os
+import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from autoseg.errors import CheckpointError, PlanError
@@ -21,6 +25,7 @@ from autoseg.networks import UNet, build_network
 from autoseg.plan import Configuration, Plan, to_json
 
 FORMAT = "autoseg checkpoint 1"
+CHECKSUM = "checksum"  # its key in the header of a file
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Checkpoint:
             checkpoint = cls(plan, header["configuration"], header["fold"], weights, header["summary"])
             checkpoint.build_network()
         except PlanError as error:
-            raise CheckpointError(str(error)) from error
+            where = "" if str(error).startswith(str(path)) else f"{path}: "
+            raise CheckpointError(f"{where}{error}") from error
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: the checkpoint's header lacks {error}; train the fold anew.") from error
         except RuntimeError as error:
@@ -77,10 +83,18 @@ class Checkpoint:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write named tensors with a JSON header to a safetensors file, atomically. Raises StorageError."""
+    """Write named tensors with a JSON header and a checksum of both to a safetensors file, atomically.
+
+    Raises StorageError.
+    """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**header, CHECKSUM: _checksum(content, header)})
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(content, str(temporary), metadata={"autoseg": json.dumps(header)})
+        try:
+            safetensors.torch.save_file(content, str(temporary), metadata={"autoseg": text})
+        except safetensors.SafetensorError as error:  # it hides what the operating system said
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
 
 
 def load_tensors(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,4 +114,17 @@ def load_tensors(path: Path, expected_format: str) -> tuple[dict[str, Tensor], d
     found = header.get("format") if isinstance(header, dict) else None
     if found != expected_format:
         raise CheckpointError(f"{path}: expected '{expected_format}', found '{found}'; use the autoseg that wrote it.")
+    if header.pop(CHECKSUM, None) != _checksum(tensors, header):
+        raise CheckpointError(f"{path}: its content has changed since it was written; restore the file or train anew.")
     return tensors, header
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
+    """CRC-32 of the header and of every tensor: safetensors has none of its own."""
+    checksum = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
+        if tensor.numel():
+            checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return checksum

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.dataset import Case, RawDataset, read_case
+from autoseg.dataset import Case, RawDataset, read_case, require_foreground
 from autoseg.errors import AutosegError, DatasetError
 from autoseg.executor import map_cases
 from autoseg.files import read_json, write_json
@@ -293,9 +293,7 @@ def summarize(
     cases = tuple(m.case for m in measurements)
     foreground = np.concatenate([m.foreground for m in measurements], axis=1)
     if foreground.shape[1] == 0:
-        raise DatasetError(
-            f"{dataset.root}: none of the {len(cases)} training cases shows any foreground; check the labels."
-        )
+        require_foreground(dataset, annotated=())
     spacing = np.median([case.spacing for case in cases], axis=0)
     dimensions = max(m.dimensions for m in measurements)
     shape = np.median([case.shape for case in cases], axis=0)

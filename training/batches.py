@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 import threading
@@ -31,6 +32,16 @@ class Batch:
     """(B, C, Z, Y, X) float32."""
     label: Tensor
     """(B, 1, Z, Y, X) int16, label values."""
+
+
+FEW_CORES = 4  # up to so many, a thread prepares patches beside the optimiser; more cores afford processes
+MOST_WORKERS = 12  # nnU-Net's default; a GPU rarely empties what so many prepare
+
+
+def default_workers() -> int:
+    """Processes that prepare patches on this machine; 0 (a thread) where cores are few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores <= FEW_CORES else min(MOST_WORKERS, cores - 2)
 
 
 class Samples(Dataset[tuple[Tensor, Tensor]]):

@@ -250,10 +250,12 @@ def explain(
     Example:
       autoseg explain data/Dataset004_Hippocampus
     """
-    from autoseg.experiment_planning.explain import explain as explained
     from autoseg.pipeline import load_plan
 
     plan, _ = load_plan(dataset, workspace)
+
+    from autoseg.experiment_planning.explain import explain as explained
+
     _screen(verbose, quiet).say(explained(plan))
     return DONE
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from autoseg.errors import PlanError
 from autoseg.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 FOLDS = 5
 SEED = 12345  # nnU-Net's, so that its folds and ours are the same
@@ -45,22 +48,33 @@ def load_folds(path: Path, cases: Sequence[str]) -> list[Fold]:
     known = set(cases)
     form = 'a list of {"train": [cases], "val": [cases]}'
     if not isinstance(content, list) or not content:
-        raise PlanError(f"{path}: expected {form}, got {type(content).__name__}.")
+        found = "an empty list" if content == [] else "an object" if isinstance(content, dict) else repr(content)
+        raise PlanError(f"{path}: expected {form}, got {found}; correct the file, or delete it to have folds made.")
     folds = []
     for i, entry in enumerate(content):
-        if not isinstance(entry, dict) or set(entry) != {"train", "val"}:
+        if not isinstance(entry, dict) or set(entry) != {"train", "val"} or not all(map(_is_names, entry.values())):
             raise PlanError(f"{path}: fold {i} is not of the form {form}.")
-        train, validation = tuple(map(str, entry["train"])), tuple(map(str, entry["val"]))
+        train, validation = tuple(entry["train"]), tuple(entry["val"])
         unknown = sorted({*train, *validation} - known)
         if unknown:
-            raise PlanError(f"{path}: fold {i} names cases that the dataset does not have: {', '.join(unknown[:5])}.")
+            raise PlanError(
+                f"{path}: fold {i} names cases that the store does not have: {', '.join(unknown[:5])}; "
+                "preprocess them, correct the file, or delete it to have folds made."
+            )
         both = sorted(set(train) & set(validation))
         if both:
             raise PlanError(f"{path}: fold {i} both trains on and holds out {', '.join(both[:5])}.")
         if not train:
             raise PlanError(f"{path}: fold {i} has no training cases.")
         folds.append(Fold(train, validation))
+    unused = sorted(known.difference(*(fold.train + fold.validation for fold in folds)))
+    if unused:
+        logger.warning("%s: %d cases are in no fold: %s", path, len(unused), ", ".join(unused[:5]))
     return folds
+
+
+def _is_names(entry: object) -> bool:
+    return isinstance(entry, list) and all(isinstance(name, str) for name in entry)
 
 
 def load_or_make_folds(path: Path, cases: Sequence[str]) -> list[Fold]:
@@ -76,6 +90,6 @@ def select_fold(folds: Sequence[Fold], name: str, cases: Sequence[str]) -> Fold:
     """The fold called "0", "1", ... or `all` (every case trains, none is held out). Raises PlanError."""
     if name == ALL:
         return Fold(tuple(sorted(cases)), ())
-    if not name.isdigit() or int(name) >= len(folds):
+    if name not in map(str, range(len(folds))):
         raise PlanError(f"Fold '{name}' is not there; choose one of 0 to {len(folds) - 1}, or all.")
     return folds[int(name)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
 from autoseg.errors import PlanError
-from autoseg.training.folds import Fold, load_folds, load_or_make_folds, make_folds, select_fold
+from autoseg.training.folds import Fold, load_or_make_folds, make_folds, select_fold
 
 CASES = [f"case_{i:03d}" for i in range(12)]
 

@@ -1,4 +1,4 @@
-"""Case identifiers -> `folds.json`: which cases each fold trains on and holds out. The form of nnU-Net's splits_final.json."""
+"""Case identifiers -> `folds.json` (the form of nnU-Net's splits_final.json): which cases each fold holds out."""
 
 from __future__ import annotations
 

@@ -56,9 +56,9 @@ class Problem:
     """One finding."""
 
     case: str
-    """Identifier of the case; empty for the dataset as a whole."""
+    """Identifier of the case, `imagesTs/CASE` for a test case; empty for the dataset as a whole."""
     severity: str
-    """`error`: refused by planning; `warning`: usable."""
+    """`error`: refused by planning (a test case: by prediction); `warning`: usable."""
     sentence: str
     """What is wrong, where, expected, got, what to do."""
     fixable: bool = False
@@ -80,7 +80,7 @@ class VerifyReport:
 
     @property
     def errors(self) -> tuple[Problem, ...]:
-        """What planning refuses."""
+        """What planning or, for test cases, prediction refuses."""
         return tuple(problem for problem in self.problems if problem.severity == ERROR)
 
     @property
@@ -169,6 +169,7 @@ class Finding:
     """What a worker says about one case."""
 
     case: str
+    """Its name in the report, see `Problem.case`."""
     test: bool
     """Whether it is a case of imagesTs."""
     problems: tuple[Problem, ...]
@@ -190,7 +191,7 @@ class Finding:
 
 def _examine_all(dataset: RawDataset, *, workers: int) -> Iterator[Finding]:
     jobs = [(case, False) for case in dataset.cases] + [(case, True) for case in dataset.test_cases]
-    names = [case.identifier for case, _ in jobs]
+    names = [_named(case, test) for case, test in jobs]
     found: dict[int, Finding] = {}
     for index, result in map_cases(partial(examine_case, dataset=dataset), jobs, workers=workers, names=names):
         if isinstance(result, Exception):
@@ -202,24 +203,25 @@ def _examine_all(dataset: RawDataset, *, workers: int) -> Iterator[Finding]:
 def examine_case(job: tuple[Case, bool], *, dataset: RawDataset) -> Finding:
     """Read one case (and whether it is a test case) and say what is wrong with it; never raises DatasetError."""
     case, test = job
+    name = _named(case, test)
     errors: list[str] = []
     notes: list[str] = []
     image, label = _read_both(case, dataset, errors, notes)
-    problems = [Problem(case.identifier, ERROR, sentence) for sentence in errors]
-    problems += [Problem(case.identifier, WARNING, f"{sentence}.", fixable=True) for sentence in notes]
+    problems = [Problem(name, ERROR, sentence) for sentence in errors]
+    problems += [Problem(name, WARNING, f"{sentence}.", fixable=True) for sentence in notes]
     if errors or image is None:
-        return Finding(case.identifier, test, tuple(problems))
+        return Finding(name, test, tuple(problems))
     for number, channel in enumerate(image.array):
         if channel.min() == channel.max():
             sentence = f"channel {number} ({dataset.channels[number]}) has the same value {channel.min():g} everywhere."
-            problems.append(Problem(case.identifier, WARNING, sentence))
+            problems.append(Problem(name, WARNING, sentence))
     values = () if label is None else tuple(label_values(label.array))
     if label is not None and not set(values) & set(dataset.labels.foreground_values):
         sentence = f"{case.label}: the label has no foreground voxel; check that this is meant."
-        problems.append(Problem(case.identifier, WARNING, sentence))
+        problems.append(Problem(name, WARNING, sentence))
     permutation, _ = canonical_axes(image.grid.direction)
     return Finding(
-        case.identifier,
+        name,
         test,
         tuple(problems),
         readable=True,
@@ -230,6 +232,10 @@ def examine_case(job: tuple[Case, bool], *, dataset: RawDataset) -> Finding:
         values=values,
         sides=() if label is None else _sides(label, dataset),
     )
+
+
+def _named(case: Case, test: bool) -> str:
+    return f"{TEST_IMAGES}/{case.identifier}" if test else case.identifier
 
 
 def _read_both(
@@ -288,8 +294,7 @@ def _listing_problems(listing: Listing) -> Iterator[Problem]:
     for identifier, found in listing.problems.items():
         yield from (Problem(identifier, ERROR, f"{_capital(sentence)}.") for sentence in found)
     for identifier, found in listing.incomplete_tests.items():
-        sentence = f"left out of {TEST_IMAGES}: {'; '.join(found)}."
-        yield Problem(identifier, WARNING, sentence)
+        yield from (Problem(f"{TEST_IMAGES}/{identifier}", ERROR, f"{_capital(sentence)}.") for sentence in found)
     for path in listing.stray_files:
         yield Problem("", WARNING, f"{path} belongs to no case; it is not used.")
     count = len(listing.dataset.cases) + len(listing.problems)
@@ -329,11 +334,10 @@ def _duplicates(findings: Sequence[Finding]) -> Iterator[Problem]:
             continue
         earlier = first.setdefault(finding.content, finding)
         if earlier is not finding:
-            where = f" of {TEST_IMAGES}" if finding.test != earlier.test else ""
             sentence = (
                 f"the image is the same as that of case {earlier.case}; scores would flatter a model that saw it."
             )
-            yield Problem(finding.case + where, WARNING, sentence)
+            yield Problem(finding.case, WARNING, sentence)
 
 
 def _spacing_outliers(findings: Sequence[Finding]) -> Iterator[Problem]:

@@ -124,7 +124,17 @@ def test_a_test_image_that_is_a_training_image_is_found(tiny_dataset: Factory) -
     report = verify(root)
     assert report.test_cases == ("new",)
     (problem,) = report.warnings
-    assert problem.case.startswith("new") and "case_01" in problem.sentence
+    assert problem.case == "imagesTs/new" and "case_01" in problem.sentence
+
+
+def test_a_broken_test_case_is_an_error_under_its_own_name(tiny_dataset: Factory) -> None:
+    root = tiny_dataset(cases=3, channels=("T1", "T2"))
+    shutil.copytree(root / "imagesTr", root / "imagesTs")
+    (root / "imagesTs/case_00_0001.nii.gz").unlink()
+    (root / "imagesTs/case_02_0000.nii.gz").write_bytes(b"")
+    report = verify(root)
+    assert report.broken_cases == ("imagesTs/case_00", "imagesTs/case_02")
+    assert report.cases == report.test_cases == ("case_00", "case_01", "case_02")
 
 
 def test_a_case_without_foreground_is_a_warning_and_a_dataset_without_is_an_error(tiny_dataset: Factory) -> None:

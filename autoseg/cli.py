@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from autoseg.screen import Screen
 
 DONE, SOME_FAILED, REFUSED, BUG = 0, 1, 2, 70
+SCREEN: ContextVar[Screen] = ContextVar("screen")  # of the command that runs, made from its -v and --quiet
 
 app = typer.Typer(
     help="Segmentation of medical images: a folder of labelled images in, a trained model and its predictions out.",
@@ -59,8 +61,8 @@ def command(name: str, short: str) -> Callable[[Callable[..., int]], Callable[..
         def guarded(*args: Any, **kwargs: Any) -> None:
             from autoseg.screen import Screen
 
-            verbose = kwargs.get("verbose", 0)
-            screen = Screen(verbose=verbose, quiet=kwargs.get("quiet", False))
+            screen = Screen(verbose=kwargs["verbose"], quiet=kwargs["quiet"])
+            SCREEN.set(screen)
             raise typer.Exit(_status(functools.partial(function, *args, **kwargs), screen))
 
         app.command(name, short_help=short)(guarded)
@@ -94,12 +96,6 @@ def _status(run: Callable[[], int], screen: Screen) -> int:
         return screen.refuse(
             f"This should not happen, please report it: {type(error).__name__}: {error} (-vv shows where).", BUG
         )
-
-
-def _screen(verbose: int, quiet: bool) -> Screen:
-    from autoseg.screen import Screen
-
-    return Screen(verbose=verbose, quiet=quiet)
 
 
 def _cores(workers: int | None) -> int:
@@ -150,7 +146,7 @@ def verify(
     from autoseg.experiment_planning.verify import fix_dataset, verify_dataset
     from autoseg.files import write_json
 
-    screen = _screen(verbose, quiet)
+    screen = SCREEN.get()
     if fix is not None:
         fixed = fix_dataset(dataset, fix, workers=_cores(workers))
         for problem in fixed.repairs:
@@ -214,7 +210,7 @@ def plan_and_preprocess(
     from autoseg.pipeline import plan_and_preprocess as run
     from autoseg.units import parse_bytes, parse_seconds
 
-    screen = _screen(verbose, quiet)
+    screen = SCREEN.get()
     names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
     with screen.cases("preprocessing") as progress:
         planned = run(
@@ -256,7 +252,7 @@ def explain(
 
     from autoseg.experiment_planning.explain import explain as explained
 
-    _screen(verbose, quiet).say(explained(plan))
+    SCREEN.get().say(explained(plan))
     return DONE
 
 
@@ -297,7 +293,7 @@ def train_fold(
     from autoseg.pipeline import load_plan, train, validate
     from autoseg.units import format_seconds, parse_seconds
 
-    screen = _screen(verbose, quiet)
+    screen = SCREEN.get()
     seconds = parse_seconds(time, option="--time") if time else None
     plan, place = load_plan(dataset, workspace)
     plan.configuration(configuration)
@@ -386,7 +382,7 @@ def predict(
     """
     from autoseg.units import parse_bytes, parse_part
 
-    screen = _screen(verbose, quiet)
+    screen = SCREEN.get()
     share = parse_part(part, option="--part")
     ram = {"max_ram_bytes": parse_bytes(max_ram, option="--max-ram")} if max_ram else {}
 
@@ -442,7 +438,7 @@ def evaluate(
     from autoseg.dataset import RawDataset
     from autoseg.inference.evaluation import evaluate_folders
 
-    screen = _screen(verbose, quiet)
+    screen = SCREEN.get()
     labels = RawDataset.load(dataset).labels if dataset is not None else None
     evaluation = evaluate_folders(predictions, references, labels=labels, workers=_cores(workers))
     screen.say(evaluation.table())
@@ -469,7 +465,7 @@ def demo(
     """
     from autoseg.demo import run_demo
 
-    screen = _screen(verbose, quiet)
+    screen = SCREEN.get()
     run_demo(folder)
     screen.say("done")
     return DONE

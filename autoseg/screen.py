@@ -24,8 +24,15 @@ PLAIN_LINE_SECONDS = 30.0  # without a terminal a training says this often where
 class _Lines(logging.Handler):
     """Log records as lines on the stderr of the moment, which a progress bar may have replaced by its own."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        text = record.getMessage()
+        self.shown.add(text)
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"{level}{text}", file=sys.stderr, flush=True)
 
 
 class StopSignals:
@@ -58,9 +65,8 @@ class Screen:
         self.verbose, self.quiet = verbose, quiet
         level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
         logger = logging.getLogger("autoseg")
-        handler = _Lines()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.handlers[:] = [handler]
+        self._lines = _Lines()
+        logger.handlers[:] = [self._lines]
         logger.setLevel(level)
 
     def say(self, text: str) -> None:
@@ -73,8 +79,9 @@ class Screen:
             print(text, file=sys.stderr, flush=True)
 
     def error(self, sentence: str) -> None:
-        """What is wrong with a case."""
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        """What is wrong, unless it was shown when it happened."""
+        if sentence not in self._lines.shown:
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
 
     def refuse(self, sentence: str, status: int) -> int:
         """Say why the command ends, and give `status` back; with -vv also where it happened."""

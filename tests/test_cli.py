@@ -522,7 +522,9 @@ def test_one_bad_image_is_named_and_the_others_are_predicted(finished: Path, tmp
     shutil.copytree(finished / NAME / "imagesTr", images)
     bad = images / "case_01_0000.nii.gz"
     BREAK[what][1](bad)
-    predict(finished, images, out).complained(1, "case_01")
+    answer = predict(finished, images, out)
+    answer.complained(1, "case_01")
+    assert answer.errors.count("error:") == 1
     assert sorted(path.name for path in out.glob("*.nii.gz")) == [f"case_0{i}.nii.gz" for i in (0, 2, 3, 4)]
     assert not leftovers(tmp_path)
 

@@ -466,9 +466,17 @@ def demo(
     from autoseg.demo import run_demo
 
     screen = SCREEN.get()
-    run_demo(folder)
-    screen.say("done")
-    return DONE
+    with screen.training("training") as bar:
+        outcome = run_demo(
+            folder,
+            workspace=workspace,
+            device=device,
+            workers=_cores(None),
+            on_part=lambda part: screen.note(f"{part} ..."),
+            on_step=bar,
+        )
+    screen.say(outcome.summary())
+    return _complain(screen, outcome.test.problems())
 
 
 def _complain(screen: Screen, sentences: tuple[str, ...], *, nothing: bool = False) -> int:

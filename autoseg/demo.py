@@ -88,10 +88,12 @@ class DemoOutcome:
 def run_demo(
     folder: Path,
     *,
+    workspace: Path | None = None,
     seconds: float = 60.0,
     device: str = "auto",
     workers: int = 2,
     seed: int = 0,
+    clock: Callable[[], float] = time.monotonic,
     on_part: Callable[[str], None] = lambda part: None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> DemoOutcome:
@@ -109,67 +111,67 @@ def run_demo(
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StorageError(f"{folder}: is not empty; delete it, or give the demo another folder.")
-    clock = _Clock(on_part)
+    parts = _Parts(clock, on_part)
 
-    clock.begin("raw data")
+    parts.begin("raw data")
     root = write_synthetic_dataset(folder / NAME, seed=seed)
 
-    clock.begin("plan and preprocess")
+    parts.begin("plan and preprocess")
     planned = plan_and_preprocess(
         root,
-        workspace=folder / "workspace",
+        workspace=workspace or folder / "workspace",
         fold_seconds=seconds,
         configurations=[DEMO_CONFIGURATION],
         device=device,
         workers=workers,
     )
-    plan, workspace = planned.plan, planned.workspace
+    plan, place = planned.plan, planned.workspace
 
-    clock.begin("training")
+    parts.begin("training")
     trained = train(
-        plan, DEMO_CONFIGURATION, "0", workspace=workspace, device=device, seconds=seconds, seed=seed, on_step=on_step
+        plan, DEMO_CONFIGURATION, "0", workspace=place, device=device, seconds=seconds, seed=seed, on_step=on_step
     )
 
-    clock.begin("held-out cases")
-    held_out = validate(root, plan, DEMO_CONFIGURATION, "0", workspace=workspace, device=device, workers=workers)
+    parts.begin("held-out cases")
+    held_out = validate(root, plan, DEMO_CONFIGURATION, "0", workspace=place, device=device, workers=workers)
     assert held_out is not None  # only fold `all` holds nothing out
 
-    clock.begin("prediction")
-    model, predictions = workspace.fold(DEMO_CONFIGURATION, "0"), folder / "predictions"
+    parts.begin("prediction")
+    model, predictions = place.fold(DEMO_CONFIGURATION, "0"), folder / "predictions"
     predict_files(load_model(model, device), root / "imagesTs", predictions)
 
-    clock.begin("scores and pictures")
+    parts.begin("scores and pictures")
     test = evaluate_folders(predictions, root / "labelsTs", labels=plan.labels, workers=workers)
     test.save(predictions / SUMMARY)
     pictures = draw_predictions(test, RawDataset.load(root), predictions)
     return DemoOutcome(
         dataset=root,
-        workspace=workspace.root,
+        workspace=place.root,
         model=model,
         predictions=predictions,
         pictures=tuple(pictures),
         held_out=held_out,
         test=test,
         steps=trained.steps,
-        seconds=clock.ended(),
+        seconds=parts.ended(),
     )
 
 
-class _Clock:
+class _Parts:
     """Announces the parts of the story and notes how long each takes."""
 
-    def __init__(self, on_part: Callable[[str], None]) -> None:
-        self._on_part = on_part
+    def __init__(self, clock: Callable[[], float], on_part: Callable[[str], None]) -> None:
+        self._clock, self._on_part = clock, on_part
         self._began: dict[str, float] = {}
 
     def begin(self, part: str) -> None:
         """The part before is over."""
-        self._began[part] = time.monotonic()
+        self._began[part] = self._clock()
         self._on_part(part)
 
     def ended(self) -> dict[str, float]:
         """Seconds of each part."""
-        marks = [*self._began.values(), time.monotonic()]
+        marks = [*self._began.values(), self._clock()]
         return {part: after - mark for part, mark, after in zip(self._began, marks, marks[1:], strict=False)}
 
 

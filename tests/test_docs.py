@@ -1,0 +1,61 @@
+"""The documents name what is there: every option, every key of a plan; and every link leads somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from autoseg import plan
+from autoseg.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+REFERENCE = ROOT / "docs" / "reference.md"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_the_reference_names_every_command_and_option() -> None:
+    text = REFERENCE.read_text(encoding="utf-8")
+    assert len(app.registered_commands) >= 7
+    for command in app.registered_commands:
+        assert f"`{command.name} " in text or f"`{command.name}`" in text, command.name
+        callback = command.callback
+        assert callback is not None
+        source = (ROOT / "autoseg" / "cli.py").read_text(encoding="utf-8")
+        body = source.split(f'@command("{command.name}"')[1].split("-> int:")[0]
+        for option in re.findall(r'"(--[a-z-]+)"', body):
+            assert f"`{option}" in text, f"{command.name} {option}"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        plan.Plan,
+        plan.Configuration,
+        plan.Architecture,
+        plan.PreprocessingSettings,
+        plan.TrainingSettings,
+        plan.Normalization,
+        plan.Forecast,
+        plan.Budget,
+        plan.Decision,
+    ],
+)
+def test_the_reference_names_every_key_of_a_plan(kind: type) -> None:
+    text = REFERENCE.read_text(encoding="utf-8").split("## plan.json")[1]
+    for field in dataclasses.fields(kind):
+        assert re.search(rf"[`.]{field.name}[`.]", text), field.name
+
+
+def test_documents_say_nothing_about_where_they_were_written() -> None:
+    for document in DOCUMENTS:
+        assert "/work/" not in document.read_text(encoding="utf-8")

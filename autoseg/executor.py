@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import IO, Any, TypeVar
 
 from autoseg.errors import AutosegError, WorkerError
@@ -51,13 +51,14 @@ def map_cases(
     *,
     workers: int,
     names: Sequence[str],
-) -> Iterator[tuple[int, Result | Exception]]:
+) -> Generator[tuple[int, Result | Exception], None, None]:
     """`(index, function(item))` for every item, in the order in which they are done.
 
     An exception takes the place of its case's result, and so does a WorkerError where the worker died; the other
     cases go on. `names` are the items' names in such sentences. At most `3 * workers` results wait or are worked on
     at any time. With `workers` of 0 or 1 everything runs in this process. `function` must be importable (a function of
-    a module, or a `functools.partial` of one). Leaving the loop early, or Ctrl-C, ends the workers that are busy.
+    a module, or a `functools.partial` of one). Closing the generator, and Ctrl-C while it waits, end the busy workers;
+    who may leave the loop early takes `with contextlib.closing(map_cases(...)) as results`.
     """
     if workers <= 1:
         for index, item in enumerate(items):

@@ -43,14 +43,15 @@ def resample_label(array: NDArray[Any], shape: Shape, values: Sequence[int] | No
 
     Each value's 0/1 mask is interpolated linearly along all three axes, and every output voxel takes the value with
     the largest share, the smaller value in a tie. Keeps the dtype. `values` are those that may occur (default: those
-    that do); others count as background. One mask is held at a time, and only over the box in which its value occurs.
+    that do); others count as background. The same label where the shape is the same. One mask is held at a time, and
+    only over the box in which its value occurs.
     """
-    if array.shape[1:] == tuple(shape):
-        return array.copy()
-    label = array[0]
+    label: NDArray[Any] = array[0]
+    if label.shape == tuple(shape):
+        return np.array(array)
     boxes = _value_boxes(label, values)
     share = np.zeros(shape, dtype=np.float32)
-    winner = np.zeros(shape, dtype=array.dtype)
+    winner = np.zeros_like(label, shape=shape)
     for value, box in sorted(boxes.items()):
         # the next voxel on each side takes part: there the mask is 0, or the border repeats
         grown = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
@@ -67,11 +68,11 @@ def resample_label(array: NDArray[Any], shape: Shape, values: Sequence[int] | No
     return winner[None]
 
 
-def _value_boxes(label: NDArray[Any], values: Sequence[int] | None) -> dict[int, tuple[slice, slice, slice]]:
+def _value_boxes(label: NDArray[Any], values: Sequence[int] | None) -> dict[int, tuple[slice, ...]]:
     """A box (z, y, x) around each value that occurs; background is taken to be everywhere."""
     from scipy import ndimage
 
-    boxes = {0: tuple(slice(0, size) for size in label.shape)}
+    boxes: dict[int, tuple[slice, ...]] = {0: tuple(slice(0, size) for size in label.shape)}
     boxes |= {value: box for value, box in enumerate(ndimage.find_objects(label), start=1) if box is not None}
     return {value: box for value, box in boxes.items() if values is None or value in values}
 

@@ -6,6 +6,7 @@ still up to date is skipped, so that an interrupted run goes on where it stood.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import zlib
@@ -64,16 +65,17 @@ def preprocess(
         workers=workers,
         names=[case.identifier for case, _ in todo],
     )
-    for index, result in results:
-        if isinstance(result, StorageError):
-            raise result  # a full disk or a forbidden folder hits every case alike
-        if isinstance(result, AutosegError):
-            broken[todo[index][0].identifier] = result
-        elif isinstance(result, Exception):
-            raise result
-        done += 1
-        if progress is not None:
-            progress(done, len(cases))
+    with contextlib.closing(results):
+        for index, result in results:
+            if isinstance(result, StorageError):
+                raise result  # a full disk or a forbidden folder hits every case alike
+            if isinstance(result, AutosegError):
+                broken[todo[index][0].identifier] = result
+            elif isinstance(result, Exception):
+                raise result
+            done += 1
+            if progress is not None:
+                progress(done, len(cases))
     if broken:
         raise DatasetError(_broken_cases(broken))
 

@@ -51,7 +51,7 @@ METRICS = {
     "hd95": Metric("HD95", "mm", "lower"),
     "assd": Metric("ASSD", "mm", "lower"),
     "volume_error_ml": Metric("Volume error", "ml", "zero"),
-    "volume_error_ratio": Metric("Volume error", "", "zero"),
+    "volume_error_ratio": Metric("Relative", "", "zero"),
     "lesion_f1": Metric("Lesion F1", "", "higher"),
 }
 

@@ -89,12 +89,13 @@ def plan_and_preprocess(
             replan=replan,
             device=device,
             workers=workers,
+            drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
         )
 
     from autoseg.preprocessing.run import preprocess
 
     names = tuple(configurations or [configuration.name for configuration in plan.configurations])
-    preprocess(dataset, plan, place, configurations=names, workers=workers, progress=progress)
+    preprocess(dataset, plan, place, configurations=names, workers=workers, drop_cases=list(dropped), progress=progress)
     return Planned(plan, place, names, dropped)
 
 
@@ -108,11 +109,12 @@ def _plan(
     replan: bool,
     device: str,
     workers: int,
+    drop_cases: Sequence[str],
 ) -> Plan:
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
     from autoseg.experiment_planning.planner import plan_experiment
 
-    fingerprint = extract_fingerprint(dataset, workers=workers)
+    fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
     budget = Budget(gpu_memory_bytes or 0, fold_seconds or 0.0, device)
     plan = plan_experiment(fingerprint, budget, configurations=configurations)
     _put_models_aside(plan, place, replan=replan)
@@ -182,20 +184,17 @@ def _put_models_aside(plan: Plan, place: Workspace, *, replan: bool) -> None:
 
 
 def _without_broken_cases(root: Path, *, workers: int) -> tuple[RawDataset, dict[str, str]]:
-    from dataclasses import replace
-
     from autoseg.experiment_planning.verify import verify_dataset
 
     report = verify_dataset(root, workers=workers)
     for problem in report.errors:
         if not problem.case:
             raise DatasetError(problem.sentence)
-    broken = {problem.case: problem.sentence for problem in report.errors}
     dataset = list_cases(root).dataset
-    kept = tuple(case for case in dataset.cases if case.identifier not in broken)
-    if not kept:
+    broken = {problem.case: problem.sentence for problem in report.errors if problem.case in report.cases}
+    if all(case.identifier in broken for case in dataset.cases):
         raise DatasetError(f"{root}: every training case is broken; see `autoseg verify {root}`.")
-    return replace(dataset, cases=kept), broken
+    return dataset, broken
 
 
 def _check_writable(place: Workspace) -> None:

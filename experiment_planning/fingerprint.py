@@ -34,7 +34,6 @@ CASE_SAMPLES = 10_000  # foreground voxels drawn from a case for a channel; as n
 CLASS_SAMPLES = 1_000  # voxels drawn from a class of a case for a channel
 TOTAL_SAMPLES = 4_000_000  # voxels kept for a channel over all cases: bounds the memory (16 MB a channel)
 CONSISTENT_SHARE = 0.9  # of the cases in which left must lie on the same side of right
-LONGEST_LIST = 400  # characters of an option that a message still spells out
 CONNECTIVITY = 26  # components touch at corners too: a thin oblique vessel stays one
 
 
@@ -276,11 +275,9 @@ def _all_or_refuse(
         else:
             found[index] = result
     if broken:
-        dropped = ",".join(names[index] for index in sorted(broken))
         raise DatasetError(
             f"{dataset.root}: {len(broken)} of {len(cases)} training cases cannot be used; repair them "
-            f"(`autoseg verify --fix` can do some of it) or leave them out with "
-            f"--drop-cases {dropped if len(dropped) < LONGEST_LIST else 'CASE,CASE,...'}\n"
+            "(`autoseg verify --fix` can do some of it) or leave them out with --drop-cases:\n"
             + "\n".join(f"  {broken[index]}" for index in sorted(broken))
         )
     return [found[index] for index in range(len(cases))]

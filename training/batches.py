@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing.connection
 import os
 import queue
 import random
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autoseg.errors import StorageError
+from autoseg.errors import AutosegError, WorkerError
 from autoseg.labels import Labels
 from autoseg.plan import Configuration
 from autoseg.preprocessing.store import Store
@@ -35,6 +38,7 @@ class Batch:
 
 
 FEW_CORES = 4  # up to so many, a thread prepares patches beside the optimiser; more cores afford processes
+DYING_SECONDS = 5.0  # a worker that has closed its connections is gone by then
 MOST_WORKERS = 12  # nnU-Net's default; a GPU rarely empties what so many prepare
 
 
@@ -65,7 +69,9 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         self.sampler = PatchSampler(store, cases, batch_size=configuration.batch_size)
         self.augment = augment
         self.seed = seed
+        self.patch_size = configuration.patch_size
         self.size = source_size(configuration) if augment else configuration.patch_size
+        self.margin = [source // 2 - patch // 2 for source, patch in zip(self.size, self.patch_size, strict=True)]
         self.previous = {case: previous.entry(case) for case in self.sampler.cases} if previous else None
         self.augmentation = Augmentation(
             configuration, previous_labels=labels.foreground_values if previous is not None else ()
@@ -74,12 +80,14 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, Tensor]:
         step, index = position
         generator = np.random.default_rng((self.seed, step, index))
-        patch = self.sampler.draw(generator, index=index, size=self.size)
+        patch = self.sampler.draw(generator, index=index, size=self.patch_size)
+        # what is read is larger on every side, so that patches at the image's border are trained on like all others
+        z, y, x = (first - margin for first, margin in zip(patch.start, self.margin, strict=True))
         entry = self.sampler.entries[patch.case]
-        image = read_patch(entry, "image", patch.start, self.size)
-        label = read_patch(entry, "label", patch.start, self.size)
+        image = read_patch(entry, "image", (z, y, x), self.size)
+        label = read_patch(entry, "label", (z, y, x), self.size)
         if self.previous is not None:
-            before = read_patch(self.previous[patch.case], "label", patch.start, self.size)
+            before = read_patch(self.previous[patch.case], "label", (z, y, x), self.size)
             label = np.concatenate((label, before))
         _seed_everything(int(generator.integers(2**31)))
         return self.augmentation(
@@ -105,7 +113,8 @@ def batches(samples: Samples, *, batch_size: int, first_step: int, workers: int)
     """Batches for step `first_step`, `first_step` + 1, ... without end; close the iterator to stop preparing.
 
     With `workers=0` a thread of this process prepares them (no second copy of torch in memory, no start-up: the
-    choice for few cores); otherwise that many spawned processes. Raises StorageError where a worker dies.
+    choice for few cores); otherwise that many spawned processes. Raises StorageError where a case cannot be read,
+    WorkerError where a process dies.
     """
     return (
         _from_thread(samples, batch_size, first_step)
@@ -116,7 +125,7 @@ def batches(samples: Samples, *, batch_size: int, first_step: int, workers: int)
 
 def _from_thread(samples: Samples, batch_size: int, first_step: int) -> Iterator[Batch]:
     ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH_BATCHES)
-    closed = threading.Event()
+    closed, limited = threading.Event(), threading.Event()
 
     def put(item: Batch | BaseException) -> None:
         while not closed.is_set():
@@ -126,7 +135,8 @@ def _from_thread(samples: Samples, batch_size: int, first_step: int) -> Iterator
                 continue
 
     def prepare() -> None:
-        torch.set_num_threads(1)  # of this thread alone: the other threads belong to the optimiser
+        _compute_alone()
+        limited.set()
         step = first_step
         try:
             while not closed.is_set():
@@ -136,7 +146,10 @@ def _from_thread(samples: Samples, batch_size: int, first_step: int) -> Iterator
             put(error)
 
     thread = threading.Thread(target=prepare, name="batches", daemon=True)
+    threads = torch.get_num_threads()  # asked before: a thread's first look-up takes the number that was set last
     thread.start()
+    limited.wait()
+    torch.set_num_threads(threads)  # what later threads begin with, too
     try:
         while True:
             item = ready.get()
@@ -161,23 +174,89 @@ class _Positions:
             step += 1
 
 
-def _one_thread(_: int) -> None:
+def _compute_alone() -> None:
+    """Let this thread compute by itself: the cores belong to the optimiser or to the other workers."""
+    torch.get_num_threads()  # torch's first look-up would undo what is set before it
     torch.set_num_threads(1)
+
+
+class _Guarded(Dataset[tuple[Tensor, Tensor] | AutosegError]):
+    """Samples, or the error in their place: a DataLoader would wrap a worker's traceback into the sentence."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, Tensor] | AutosegError:
+        try:
+            return self.samples[position]
+        except AutosegError as error:
+            return error
+
+
+def _collate_guarded(samples: list[tuple[Tensor, Tensor] | AutosegError]) -> Batch | AutosegError:
+    errors = [sample for sample in samples if isinstance(sample, AutosegError)]
+    return errors[0] if errors else _collate([sample for sample in samples if not isinstance(sample, AutosegError)])
+
+
+def _begin_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the training ends its workers itself
+    _compute_alone()
 
 
 def _from_processes(samples: Samples, batch_size: int, first_step: int, workers: int) -> Iterator[Batch]:
     loader: Any = DataLoader(
-        samples,
+        _Guarded(samples),
         batch_sampler=_Positions(batch_size, first_step),  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_collate_guarded,
         multiprocessing_context="spawn",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         prefetch_factor=max(1, PREFETCH_BATCHES // workers),
     )
+    with _own_signals():
+        stream: Any = iter(loader)
+    while True:
+        try:
+            batch = next(stream)
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise WorkerError(
+                f"A process that prepares patches died ({_cause(stream)}); "
+                "use fewer --workers or a machine with more memory."
+            ) from error
+        if isinstance(batch, AutosegError):
+            raise batch
+        yield batch
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Start workers so that they ignore Ctrl-C from their first moment on, and keep this process's signal handlers.
+
+    A DataLoader sets one for dead children, which raises wherever the optimiser happens to be; without it a dead worker
+    is noticed when its batch is asked for, a few seconds later.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other thread may set handlers
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, getattr(signal, "SIGCHLD", signal.SIGINT))}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise StorageError(f"A worker that prepares patches died ({error}); use fewer --workers.") from error
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _cause(stream: Any) -> str:
+    """How the first dead worker of a DataLoader's iterator ended."""
+    workers = getattr(stream, "_workers", ())
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=DYING_SECONDS)
+    statuses = [worker.exitcode for worker in workers if worker.exitcode]
+    if not statuses:
+        return "cause unknown"
+    status: int = statuses[0]
+    if status == -signal.SIGKILL:
+        return "signal SIGKILL, as when memory runs out"
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

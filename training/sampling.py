@@ -42,11 +42,13 @@ class PatchSampler:
         self.having = {name: tuple(cases) for name, cases in sorted(present.items())}
         weights = np.sqrt([len(cases) for cases in self.having.values()])
         self.weights = weights / weights.sum() if len(weights) else weights
-        self.forced_from = batch_size - max(1, round(batch_size * FOREGROUND_FRACTION)) if batch_size > 1 else 1
+        self.batch_size = batch_size
+        self.forced_from = batch_size - max(1, round(batch_size * FOREGROUND_FRACTION))
 
     def draw(self, generator: np.random.Generator, *, index: int, size: Shape) -> Patch:
         """A patch of `size` voxels for position `index` of a batch."""
-        forced = index >= self.forced_from or (self.forced_from == 1 and generator.random() < FOREGROUND_FRACTION)
+        single = self.batch_size == 1  # then it is a third of the batches
+        forced = generator.random() < FOREGROUND_FRACTION if single else index >= self.forced_from
         if forced and self.having:
             name = tuple(self.having)[generator.choice(len(self.having), p=self.weights)]
             case = _pick(self.having[name], generator)

@@ -285,7 +285,7 @@ BREAK: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a NaN": (IMAGE, put_nan),
     "an unknown label": (LABEL, lambda path: rewrite(path, with_value_7)),
     "another size": (LABEL, shrink),
-    "a missing channel": (IMAGE, lambda path: path.unlink()),
+    "a missing channel": ("imagesTr/case_01_0001.nii.gz", lambda path: path.unlink()),
     "a 4D file": (IMAGE, make_4d),
 }
 
@@ -294,13 +294,13 @@ BREAK: dict[str, tuple[str, Callable[[Path], object]]] = {
 def test_broken_training_data_is_refused_naming_case_and_file(
     tiny_dataset: Callable[..., Path], tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tiny_dataset(cases=3)
+    root = tiny_dataset(cases=3, channels=("T1", "T2"))
     plan = small_plan(root)
     file, damage = BREAK[what]
     damage(root / file)
     workspace = tmp_path / "ws"
     words = ("plan-and-preprocess", root, "--workspace", workspace, "--workers", 1)
-    autoseg(*words).refused("case_01", Path(file).name if what != "a missing channel" else "_0000")
+    autoseg(*words).refused("case_01", Path(file).name)
     assert not (workspace / NAME / "plan.json").exists()
     assert not leftovers(workspace)
 

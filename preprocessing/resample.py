@@ -53,12 +53,10 @@ def resample_label(array: NDArray[Any], shape: Shape, values: Sequence[int] | No
     share = np.zeros(shape, dtype=np.float32)
     winner = np.zeros_like(label, shape=shape)
     for value, box in sorted(boxes.items()):
-        # the next voxel on each side takes part: there the mask is 0, or the border repeats
-        grown = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
-        mask = (label[grown] == value).astype(np.float32)
+        mask = (label[box] == value).astype(np.float32)
         target = []
-        for axis, (side, size, new_size) in enumerate(zip(grown, label.shape, shape, strict=True)):
-            weights, first = _rows_touching(size, new_size, side.start, min(side.stop, size))
+        for axis, (side, size, new_size) in enumerate(zip(box, label.shape, shape, strict=True)):
+            weights, first = _rows_touching(size, new_size, side.start, side.stop)
             mask = _apply(weights, mask, axis)
             target.append(slice(first, first + len(weights)))
         where = tuple(target)

@@ -194,6 +194,15 @@ def test_a_nifti_whose_unpacked_voxels_are_too_few_is_refused_though_its_gzip_st
         read_image(tmp_path / "cut.nii.gz")
 
 
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_a_gzip_stream_without_its_checksum_is_truncated_though_every_voxel_is_there(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "cut.nii.gz"
+    write_image(volume(), path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(DatasetError, match="truncated: the compressed data ends too early"):
+        read_image(path)
+
+
 def test_gzip_members_in_a_row_and_zero_padding_are_one_stream(tmp_path: Path) -> None:
     image = volume()
     write_image(image, tmp_path / "whole.nii")

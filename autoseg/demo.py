@@ -1,8 +1,9 @@
 """A seed -> the embedded synthetic dataset, as raw files in nnU-Net v2 layout; and the whole story, told with it.
 
-The dataset is a small imitation of an abdominal MRI: thick slices, an organ of two touching parts on the patient's
-right, and a pair of glands that look alike, so that only their side tells them apart. A pipeline that mirrors left and
-right, mixes up axes or ignores the orientation of a file scores visibly worse.
+The dataset is a small imitation of an abdominal MRI: thick slices, an organ of two touching parts in the middle, and a
+pair of glands that look alike. Left and right of the body are drawn from the same distribution, so that nothing but
+the side tells one gland from the other: a pipeline that mirrors left and right, mixes up axes or ignores the
+orientation of a file scores visibly worse.
 """
 
 from __future__ import annotations
@@ -277,11 +278,12 @@ class _Body:
         return cls(
             trunk=blob((0, 0, 0), (1.9, 0.82, 0.88), spread=0.02),
             spine=blob((0, 0.55, 0), (3.0, 0.14, 0.13), spread=0.02),
-            organ=blob((0.05, -0.17, -0.36), (0.62, 0.42, 0.30)),
-            left=blob((-0.1, 0.38, 0.40), (0.50, 0.20, 0.17)),
-            right=blob((-0.1, 0.44, -0.37), (0.50, 0.20, 0.17)),
+            organ=blob((0.05, -0.22, 0), (0.62, 0.42, 0.32)),
+            left=blob((-0.1, 0.32, 0.46), (0.50, 0.21, 0.18)),
+            right=blob((-0.1, 0.32, -0.46), (0.50, 0.21, 0.18)),
             decoys=tuple(
-                blob((random.uniform(-0.6, 0.6), y, x), (0.35, 0.07, 0.07)) for y, x in ((-0.35, 0.42), (0.05, 0.12))
+                blob((random.uniform(-0.6, 0.6), y, side * x), (0.35, 0.07, 0.07))
+                for y, x, side in zip((-0.3, 0.0), (0.52, 0.6), random.choice([-1, 1], 2), strict=True)
             ),
             cut=np.array([random.normal(0, 0.06), *random.normal(0, 0.25, 2), random.uniform(0.02, 0.06)]),
             warp=random.normal(0, 0.05, (3, 3, 4, 4)),

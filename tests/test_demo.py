@@ -116,3 +116,13 @@ def test_the_demo_refuses_a_folder_in_use(tmp_path):
     with pytest.raises(StorageError, match="not empty"):
         run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_the_body_has_no_landmark_that_tells_left_from_right(dataset):
+    """Else a network could learn "the gland beside the organ", and mirroring would go unpunished."""
+    sides = []
+    for _, label in canonical_cases(dataset):
+        organ = np.isin(label.array[0], (LABELS["organ_front"], LABELS["organ_back"]))
+        glands = [np.argwhere(label.array[0] == LABELS[name])[:, 2].mean() for name in ("gland_left", "gland_right")]
+        sides.append(np.argwhere(organ)[:, 2].mean() / np.mean(glands) - 1)
+    assert abs(np.mean(sides)) < 0.1

@@ -48,6 +48,11 @@ class MemoryEstimate:
     parameters: int
     """Trainable parameters."""
 
+    @property
+    def moving_bytes(self) -> int:
+        """The part that grows with batch and patch."""
+        return self.peak_bytes - self.persistent_bytes
+
 
 def training_memory(
     configuration: Configuration,

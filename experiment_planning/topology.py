@@ -44,7 +44,8 @@ def plan_topology(spacing_mm: Sequence[float], patch: Sequence[int]) -> Topology
     """Strides and kernels for a patch, and the patch made divisible by them (never smaller than asked for).
 
     An axis is halved while at least 4 voxels are left and its spacing is within a factor 2 of the finest one that
-    can still be halved; kernels are 1 along an axis until its spacing is within a factor 2 of the finest, or the bottleneck is reached.
+    can still be halved; kernels are 1 along an axis until its spacing is within a factor 2 of the finest, or the
+    bottleneck is reached.
     """
     spacing, size = [float(s) for s in spacing_mm], [int(p) for p in patch]
     axes = range(len(size))

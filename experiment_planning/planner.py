@@ -1,0 +1,773 @@
+"""Fingerprint and budget -> `plan.json`: the rules in reading order, each value with its reason.
+
+The rules are nnU-Net's (Isensee et al. 2021) where nothing better is known. What differs: memory is measured instead
+of looked up, and on a slow machine the fold's time shapes width, batch and patch as the memory does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autoseg.errors import PlanError, unknown_choice
+from autoseg.experiment_planning import topology as rules
+from autoseg.experiment_planning.fingerprint import Fingerprint
+from autoseg.experiment_planning.topology import Topology
+from autoseg.plan import (
+    Architecture,
+    Budget,
+    Configuration,
+    Decision,
+    Forecast,
+    Normalization,
+    Plan,
+    PreprocessingSettings,
+    Shape,
+    TrainingSettings,
+    Vector,
+    to_json,
+)
+from autoseg.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from autoseg.experiment_planning.memory import MemoryEstimate, StepMeter
+    from autoseg.experiment_planning.timing import Speed
+
+log = logging.getLogger(__name__)
+
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade")
+
+# --- the budget
+GPU_TARGET_BYTES = 8 * 10**9  # training memory that is planned for where there is no GPU
+HOST_SHARE = 0.6  # of the host's memory that a training on the CPU may take; data loading needs some too
+MEMORY_SHARE = 0.9  # of the budget that a step may take; the rest is for the allocator's gaps and the CUDA context
+CPU_FOLD_SECONDS = 1800.0  # default fold time without a GPU: a coffee, not a weekend
+GPU_FOLD_STEPS = 50_000  # default length of a fold on a GPU; nnU-Net takes 250,000
+# --- what a fold's time should give
+TARGET_STEPS = 1500  # optimiser steps that the width must leave room for; fewer do not converge
+BATCH_STEPS = 5000  # the batch grows only while the fold still gives so many steps
+STEP_OVERHEAD = 1.15  # augmentation and data loading share a CPU's cores with the network
+# --- the network
+WIDTHS = (32, 24, 16, 12, 8)  # feature maps of the first stage, widest first; nnU-Net's is 32
+PROBE_WIDTH = 16
+MAX_FEATURES = {2: 512, 3: 320}  # nnU-Net's
+CONVS = 2  # convolutions of each encoder and decoder stage (nnU-Net's)
+MIN_BATCH = {2: 12, 3: 2}  # smallest batch that the time may ask for; a 2D batch of 2 slices sees too little
+NARROWEST_WIDE_PATCH = 16  # below this width the patch shrinks first, down to ...
+TIMED_PATCH_VOXELS = {2: 160**2, 3: 48**3}  # ... so many voxels
+DATASET_SHARE = 0.05  # of the dataset's voxels that a batch may hold (nnU-Net's)
+# --- the data
+MASK_SHARE = 0.25  # of the voxels removed by cropping from which on z-scores are taken inside the mask (nnU-Net's)
+COMPRESSION = 0.7  # compressed by plain size of a float32 image and an int16 label in the store: an estimate
+NORMALIZATION_OF = {
+    "ct": "ct",
+    "nonorm": "none",
+    "none": "none",
+    "zscore": "zscore",
+    "rescale": "rescale",
+    "rescale_0_1": "rescale",
+    "rescale_to_0_1": "rescale",
+    "rgb_to_0_1": "rgb",
+}
+COLOURS = {"r", "g", "b", "red", "green", "blue"}
+
+
+def plan_experiment(
+    fingerprint: Fingerprint, budget: Budget, *, configurations: Sequence[str] | None = None, probe: bool = True
+) -> Plan:
+    """The plan for a dataset and a budget.
+
+    A budget of 0 bytes or 0 seconds means the default; device `auto` the best one that is there. `configurations`
+    overrides the choice of the rules. Without `probe` no training step is run: nothing is shaped by time.
+
+    Raises PlanError where a configuration is unknown or does not suit the images, or nothing fits the memory.
+    """
+    notes = Notes()
+    machine = resolve_machine(budget, notes, probe=probe)
+    grid = plan_grid(fingerprint, notes)
+    wanted = choose_configurations(fingerprint, grid, configurations, notes)
+    planner = Planner(fingerprint, grid, machine, notes)
+    planned: dict[str, Configuration] = {}
+    if "2d" in wanted:
+        planned["2d"] = planner.plan("2d", spacing=grid.spacing, dimensions=2)
+    if {"3d_fullres", "3d_lowres", "3d_cascade"} & set(wanted):
+        full = planner.plan("3d_fullres", spacing=grid.spacing, dimensions=3)
+        if "3d_fullres" in wanted:
+            planned["3d_fullres"] = full
+        low = planner.plan_lowres(full, asked=configurations is not None, wanted=wanted)
+        if low is not None:
+            planned["3d_lowres"] = low
+            if configurations is None or "3d_cascade" in wanted:
+                planned["3d_cascade"] = planner.plan(
+                    "3d_cascade", spacing=grid.spacing, dimensions=3, previous_stage="3d_lowres", like=full
+                )
+    forecasts = {name: planner.forecast(configuration) for name, configuration in planned.items()}
+    finished = {name: planner.with_length(configuration, forecasts[name]) for name, configuration in planned.items()}
+    return Plan(
+        dataset=fingerprint.dataset,
+        channels=fingerprint.channels,
+        labels=fingerprint.labels,
+        file_ending=fingerprint.file_ending,
+        budget=machine.budget,
+        configurations=tuple(finished.values()),
+        forecasts=forecasts,
+        decisions=notes.of(finished),
+        fingerprint=fingerprint.id,
+    )
+
+
+class Notes:
+    """Every decision, in the order in which it was taken."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, Decision] = {}
+
+    def add(self, name: str, value: Any, because: str, *, kind: str = "rule") -> None:
+        """Write down a decision; a later one of the same name takes its place."""
+        self._taken[name] = Decision(name, to_json(value), kind, because)
+
+    def of(self, planned: dict[str, Configuration]) -> tuple[Decision, ...]:
+        """Those that concern the dataset or a planned configuration."""
+        kept = [d for d in self._taken.values() if d.name.split(".")[0] not in set(CONFIGURATIONS) - set(planned)]
+        return tuple(kept)
+
+
+# --- the machine ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the plan is made for."""
+
+    budget: Budget
+    """With every default filled in; fold_seconds 0 where the fold is counted in steps."""
+    usable_bytes: int
+    """What a training step may take."""
+    precision: str
+    """Key of `memory.PRECISIONS`."""
+    timed: bool
+    """Whether steps are timed here, so that the fold's time can shape the plan."""
+
+
+def resolve_machine(budget: Budget, notes: Notes, *, probe: bool) -> Machine:
+    """Device, memory and fold time, with the reason of each."""
+    import torch
+
+    from autoseg.device import autocast_dtype, resolve_device
+
+    device = resolve_device(budget.device)
+    absent = device.type == "cpu" and budget.device == "auto" and budget.gpu_memory_bytes and not budget.fold_seconds
+    if absent:
+        name, precision = "gpu", "bf16"
+        notes.add("budget.device", name, "--gpu-memory was given and no GPU is here: planned for one elsewhere.")
+    else:
+        name, precision = str(device), "fp32" if autocast_dtype(device) is None else "bf16"
+        notes.add("budget.device", name, f"the best device here is {name}; a step computes in {precision}.")
+    memory = budget.gpu_memory_bytes
+    if memory:
+        because = f"{format_bytes(memory)} were given."
+    elif device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(device)[0])
+        because = f"the GPU has {format_bytes(memory)} free."
+    else:
+        host = host_memory_bytes()
+        memory = min(GPU_TARGET_BYTES, int(HOST_SHARE * host))
+        because = (
+            f"no GPU is here: {format_bytes(GPU_TARGET_BYTES)} is the target and {HOST_SHARE:.0%} of the host's "
+            f"{format_bytes(host)} the limit."
+        )
+    notes.add("budget.gpu_memory_bytes", memory, because)
+    seconds = budget.fold_seconds
+    if seconds:
+        because = f"{format_seconds(seconds)} a fold were given."
+    elif device.type == "cpu" and not absent:
+        seconds = CPU_FOLD_SECONDS
+        because = f"no GPU is here: {format_seconds(seconds)} a fold by default."
+    else:
+        because = f"a fold takes {GPU_FOLD_STEPS} steps by default."
+    notes.add("budget.fold_seconds", seconds, because)
+    usable = int(memory * MEMORY_SHARE)
+    return Machine(Budget(memory, seconds, name), usable, precision, probe and not absent)
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine, or of the container where that has less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 10**9
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path, encoding="ascii") as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GridRules:
+    """What all configurations share: how a raw case is turned and normalised."""
+
+    axis_order: Shape
+    spacing: Vector
+    """Full-resolution target (z, y, x) in mm after `axis_order`."""
+    normalization: tuple[Normalization, ...]
+    shapes: tuple[Shape, ...]
+    """Cropped cases after `axis_order`, on their own spacing."""
+    spacings: tuple[Vector, ...]
+    """Of the cases, after `axis_order`."""
+    mirror_axes: tuple[int, ...]
+
+    def median_shape(self, spacing: Sequence[float | None]) -> Shape:
+        """Median (z, y, x) of the cases on a target spacing; None leaves an axis as it is."""
+        found = np.median([self.shape_on(i, spacing) for i in range(len(self.shapes))], axis=0)
+        z, y, x = (max(1, round(float(v))) for v in found)
+        return z, y, x
+
+    def shape_on(self, case: int, spacing: Sequence[float | None]) -> Shape:
+        """Voxels of a case on a target spacing."""
+        own = self.spacings[case]
+        target = [o if t is None else t for t, o in zip(spacing, own, strict=True)]
+        return rules.resampled_shape(self.shapes[case], own, target)
+
+
+def plan_grid(fingerprint: Fingerprint, notes: Notes) -> GridRules:
+    """Axis order, target spacing, normalisation and mirroring."""
+    order = rules.coarsest_first(fingerprint.median_spacing, fingerprint.median_shape)
+    median = _ordered(fingerprint.median_spacing, order)
+    if fingerprint.dimensions == 2:
+        because = "the images are planes: the axis of length 1 comes first."
+    elif median[0] > 1.001 * max(median[1:]):
+        others = f"{median[1]:g} and {median[2]:g} mm"
+        because = f"canonical axis {'zyx'[order[0]]} is the coarsest: {median[0]:g} mm against {others}."
+    else:
+        because = f"no axis is coarser than the others ({_sizes(median)} mm): the canonical order stays."
+    notes.add("axis_order", order, because)
+    shapes = tuple(_ordered(case.shape, order) for case in fingerprint.cases)
+    spacings = tuple(_ordered(case.spacing, order) for case in fingerprint.cases)
+    spacing = target_spacing(spacings, shapes, dimensions=fingerprint.dimensions, notes=notes)
+    return GridRules(
+        axis_order=order,
+        spacing=spacing,
+        normalization=choose_normalization(fingerprint, notes),
+        shapes=shapes,
+        spacings=spacings,
+        mirror_axes=choose_mirroring(fingerprint, order, notes),
+    )
+
+
+def target_spacing(spacings: Sequence[Vector], shapes: Sequence[Shape], *, dimensions: int, notes: Notes) -> Vector:
+    """The spacing of the full resolution: the median, finer along a strongly anisotropic axis (nnU-Net's rule)."""
+    table = np.asarray(spacings, dtype=float)
+    z, y, x = (float(f"{v:.6g}") for v in np.median(table, axis=0))
+    shape = np.median(shapes, axis=0)
+    finest_other = max(y, x)
+    strong = z > rules.ANISOTROPIC * finest_other and shape[0] * rules.ANISOTROPIC < min(shape[1:])
+    if dimensions == 3 and strong:
+        tenth = float(np.percentile(table[:, 0], rules.COARSE_PERCENTILE))
+        median, z = z, float(f"{max(tenth, finest_other):.6g}")
+        because = (
+            f"the axes in the plane take the median; along the slices, {median / finest_other:.1f} times coarser, the "
+            f"{rules.COARSE_PERCENTILE}th percentile of {len(table)} cases is {z:g} mm (median {median:g} mm), so that "
+            "fine cases lose little."
+        )
+    else:
+        because = f"the median of {len(table)} cases."
+    notes.add("spacing", (z, y, x), because)
+    return z, y, x
+
+
+def choose_normalization(fingerprint: Fingerprint, notes: Notes) -> tuple[Normalization, ...]:
+    """One scheme for each channel, chosen by the channel's name as nnU-Net does."""
+    chosen = []
+    names = {name.lower() for name in fingerprint.channels}
+    colours = fingerprint.dimensions == 2 and len(names) == 3 and names <= COLOURS
+    bright = max(statistics.percentile_99_5 for statistics in fingerprint.intensities)
+    masked = fingerprint.cropped_share >= MASK_SHARE
+    for index, name in enumerate(fingerprint.channels):
+        scheme = NORMALIZATION_OF.get(name.strip().lower())
+        if scheme:
+            because = f"the channel is named '{name}'."
+        elif colours and bright <= 255:
+            scheme = "rgb"
+            because = f"red, green and blue of a natural image with values up to {bright:g}: divided by 255."
+        elif masked:
+            scheme = "masked_zscore"
+            because = (
+                f"cropping to non-zero removes {fingerprint.cropped_share:.0%} of a median case: mean and standard "
+                "deviation are taken where the image is not zero."
+            )
+        else:
+            scheme = "zscore"
+            because = f"nothing is known about the intensities of '{name}': mean 0, standard deviation 1 in each image."
+        statistics = fingerprint.intensities[index]
+        if scheme == "ct":
+            entry = Normalization(
+                scheme, statistics.mean, statistics.std, statistics.percentile_00_5, statistics.percentile_99_5
+            )
+            because = (
+                f"the channel is named '{name}', so a value means the same in every case: clipped to the foreground's "
+                f"percentiles [{entry.lower:g}, {entry.upper:g}], mean {entry.mean:.4g} and deviation {entry.std:.4g}."
+            )
+        else:
+            entry = Normalization(scheme)
+        notes.add(f"normalization.{name}", scheme, because)
+        chosen.append(entry)
+    return tuple(chosen)
+
+
+def choose_mirroring(fingerprint: Fingerprint, order: Shape, notes: Notes) -> tuple[int, ...]:
+    """The network axes along which mirroring changes no label."""
+    parted = {order.index(pair.axis): pair for pair in fingerprint.mirrored_pairs}
+    axes = tuple(axis for axis in range(3) if axis not in parted)
+    if parted:
+        pair = next(iter(parted.values()))
+        because = (
+            f"'{pair.left}' and '{pair.right}' lie on two sides of axis {', '.join(map(str, parted))}: "
+            "a mirrored image would show them under the wrong name."
+        )
+    else:
+        because = "no labels are a left/right pair: mirroring changes none of them."
+    notes.add("mirror_axes", axes, because)
+    return axes
+
+
+def choose_configurations(
+    fingerprint: Fingerprint, grid: GridRules, asked: Sequence[str] | None, notes: Notes
+) -> tuple[str, ...]:
+    """Which configurations are planned; whether a low resolution pays is decided later, when the patch is known."""
+    for name in asked or ():
+        if name not in CONFIGURATIONS:
+            raise PlanError(unknown_choice("Configuration", name, CONFIGURATIONS))
+        if fingerprint.dimensions == 2 and name != "2d":
+            raise PlanError(
+                f"Configuration {name} needs volumes; the images of {fingerprint.dataset} are 2D, plan '2d' instead."
+            )
+    anisotropy = grid.spacing[0] / min(grid.spacing[1:])
+    if asked is not None:
+        if not asked:
+            raise PlanError(f"No configuration was asked for; choose among {', '.join(CONFIGURATIONS)}.")
+        wanted, because = tuple(asked), "they were asked for."
+    elif fingerprint.dimensions == 2:
+        wanted, because = ("2d",), "the images are 2D."
+    elif anisotropy > rules.ANISOTROPIC:
+        wanted = ("2d", "3d_fullres")
+        because = (
+            f"slices are {anisotropy:.1f} times thicker than pixels: a 2D network may win, cross-validation decides."
+        )
+    else:
+        wanted = ("3d_fullres",)
+        because = f"volumes whose slices are {anisotropy:.1f} times as thick as pixels: 3D sees more."
+    notes.add("configurations", wanted, because)
+    return wanted
+
+
+# --- one configuration ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Planner:
+    """Sizes the networks of one dataset; remembers what it measured."""
+
+    fingerprint: Fingerprint
+    grid: GridRules
+    machine: Machine
+    notes: Notes
+    _meters: dict[Architecture, StepMeter] = field(default_factory=dict)
+    _estimates: dict[tuple[Architecture, int, Shape], MemoryEstimate] = field(default_factory=dict)
+    _speeds: dict[tuple[Any, ...], Speed] = field(default_factory=dict)
+
+    def plan(
+        self,
+        name: str,
+        *,
+        spacing: Vector,
+        dimensions: int,
+        previous_stage: str | None = None,
+        like: Configuration | None = None,
+    ) -> Configuration:
+        """One configuration: its patch and batch as the memory allows, then width, batch and patch as the time does."""
+        target: tuple[float | None, float, float] = (None, *spacing[1:]) if dimensions == 2 else spacing
+        median = self.grid.median_shape(target)
+        self.notes.add(f"{name}.spacing", target, self._why_spacing(name, median))
+        build = Builder(self.fingerprint, dimensions, cascade=previous_stage is not None)
+        in_plane, shape = spacing[3 - dimensions :], median[3 - dimensions :]
+        start = rules.plan_topology(in_plane, rules.first_patch(in_plane, shape))
+        if like is not None:
+            start = rules.plan_topology(in_plane, like.patch_size)
+        by_memory = self._fit_memory(build, start, in_plane, shape)
+        size = self._fit_time(name, build, by_memory, in_plane, shape)
+        self._note_size(name, size, by_memory, shape)
+        thick = dimensions == 3 and self._is_thick(name, spacing, size)
+        architecture = build.architecture(size.topology, size.width)
+        self.notes.add(
+            f"{name}.architecture",
+            {"strides": architecture.strides, "kernels": architecture.kernels},
+            "an axis is halved while at least 4 voxels are left and its spacing is within a factor 2 of the finest; "
+            f"kernels are 1 along an axis until it is ({architecture.divisor[0]}x{architecture.divisor[1]}x"
+            f"{architecture.divisor[2]} in all, {len(architecture.strides)} stages).",
+        )
+        return Configuration(
+            name=name,
+            topology="2d" if dimensions == 2 else "3d",
+            preprocessing=PreprocessingSettings(target, self.grid.axis_order, self.grid.normalization),
+            median_shape=median,
+            patch_size=rules.as_volume(size.topology.patch),
+            batch_size=size.batch,
+            architecture=architecture,
+            training=TrainingSettings(
+                mirror_axes=tuple(axis for axis in self.grid.mirror_axes if axis >= 3 - dimensions),
+                low_resolution_axes=(1, 2) if thick or dimensions == 2 else (0, 1, 2),
+                rotate_out_of_plane=dimensions == 3 and not thick,
+            ),
+            previous_stage=previous_stage,
+        )
+
+    def plan_lowres(self, full: Configuration, *, asked: bool, wanted: Sequence[str]) -> Configuration | None:
+        """The low resolution at which the patch sees a quarter of the median image, where that pays; else None."""
+        requested = asked and bool({"3d_lowres", "3d_cascade"} & set(wanted))
+        if asked and not requested:
+            return None
+        patch_voxels, full_voxels = math.prod(full.patch_size), math.prod(full.median_shape)
+        seen = patch_voxels / full_voxels
+        if seen >= rules.LOWRES_SHARE and not requested:
+            self.notes.add(
+                "lowres",
+                False,
+                f"the full-resolution patch sees {min(seen, 1):.0%} of the median image: that is enough.",
+            )
+            return None
+        spacing = self.grid.spacing
+        while True:
+            spacing = rules.coarser(spacing)
+            shape = self.grid.median_shape(spacing)
+            topology = rules.plan_topology(spacing, rules.first_patch(spacing, shape))
+            while math.prod(topology.patch) > patch_voxels:
+                smaller = rules.shrink(topology, spacing, shape)
+                if smaller is None:
+                    break
+                topology = smaller
+            enough = math.prod(topology.patch) >= rules.LOWRES_SHARE * math.prod(shape)
+            halved = full_voxels >= rules.LOWRES_GAIN * math.prod(shape)
+            if enough and (halved or not requested):
+                break
+        if not halved:
+            self.notes.add(
+                "lowres",
+                False,
+                f"the patch sees {seen:.0%} of the median image, but the low resolution that would mend it has "
+                f"{full_voxels / math.prod(shape):.1f} times fewer voxels: too little to gain.",
+            )
+            return None
+        because = "it was asked for." if requested else f"the patch sees only {seen:.0%} of the median image."
+        self.notes.add("lowres", True, f"{because[:-1]}; on {_sizes(spacing)} mm it sees at least a quarter.")
+        z, y, x = (float(f"{s:.6g}") for s in spacing)
+        return self.plan("3d_lowres", spacing=(z, y, x), dimensions=3)
+
+    def forecast(self, configuration: Configuration) -> Forecast:
+        """What a configuration will cost."""
+        estimate = self.measure(configuration.architecture, configuration.batch_size, configuration.patch_size)
+        channels = len(self.fingerprint.channels)
+        spacing = configuration.preprocessing.spacing
+        voxels = sum(math.prod(self.grid.shape_on(i, spacing)) for i in range(len(self.grid.shapes)))
+        seconds = self._seconds_per_step(configuration)
+        fold = self.machine.budget.fold_seconds or seconds * GPU_FOLD_STEPS
+        self.notes.add(
+            f"{configuration.name}.forecast",
+            {"memory_bytes": estimate.peak_bytes, "seconds_per_step": round(seconds, 4)},
+            f"a step needs {format_bytes(estimate.peak_bytes)} (counted on fake tensors) and "
+            f"{estimate.step_flops / 1e9:.3g} GFLOP; "
+            + (
+                f"{seconds:.2g} s a step is scaled from real steps of a small network on {self.machine.budget.device}; "
+                if seconds
+                else f"its time was not measured, because {self._why_untimed()}; "
+            )
+            + f"the store's size assumes that compression leaves {COMPRESSION:.0%}.",
+        )
+        return Forecast(
+            memory_bytes=estimate.peak_bytes,
+            disk_bytes=int(voxels * (4 * channels + 2) * COMPRESSION),
+            step_flops=estimate.step_flops,
+            seconds_per_step=round(seconds, 4),
+            fold_seconds=round(fold, 1),
+            parameters=estimate.parameters,
+        )
+
+    def with_length(self, configuration: Configuration, forecast: Forecast) -> Configuration:
+        """The configuration with the length of its training written in."""
+        seconds = self.machine.budget.fold_seconds
+        if not seconds:
+            steps, because = GPU_FOLD_STEPS, "the default length of a fold where no time is given."
+        elif forecast.seconds_per_step:
+            steps = max(1, int(seconds / forecast.seconds_per_step))
+            because = f"{format_seconds(seconds)} a fold at {forecast.seconds_per_step:.2g} s a step."
+        else:
+            steps, because = 0, "the time of a step was not measured; the fold's time decides."
+        self.notes.add(f"{configuration.name}.steps", steps, because)
+        return replace(configuration, training=replace(configuration.training, steps=steps, seconds=seconds))
+
+    # --- memory
+
+    def measure(self, architecture: Architecture, batch: int, patch: Shape) -> MemoryEstimate:
+        """Memory and operations of a step; measured once."""
+        from autoseg.experiment_planning.memory import StepMeter
+
+        key = (architecture, batch, patch)
+        if key not in self._estimates:
+            if architecture not in self._meters:
+                self._meters = {  # only the last one is kept: it is the one that is asked about again
+                    architecture: StepMeter(
+                        architecture,
+                        self.fingerprint.labels,
+                        recipe=TrainingSettings().recipe,
+                        precision=self.machine.precision,
+                    )
+                }
+            self._estimates[key] = self._meters[architecture].measure(batch, patch)
+        return self._estimates[key]
+
+    def _fit_memory(self, build: Builder, topology: Topology, spacing: Sequence[float], shape: Sequence[int]) -> Size:
+        """The largest patch whose step fits with the smallest batch, then the largest batch, at full width."""
+        width, batch = WIDTHS[0], 2
+        while True:
+            estimate = self._measure_size(build, Size(topology, width, batch))
+            if estimate.peak_bytes <= self.machine.usable_bytes:
+                break
+            goal = (self.machine.usable_bytes - estimate.persistent_bytes) / max(1, estimate.moving_bytes)
+            voxels = (
+                math.prod(topology.patch) * goal * 1.02
+            )  # memory follows the voxels closely, so most steps are skipped
+            while True:
+                smaller = rules.shrink(topology, spacing, shape)
+                if smaller is None:
+                    return self._fit_narrow(build, topology)
+                topology = smaller
+                if math.prod(topology.patch) <= max(voxels, 1):
+                    break
+        largest = self._largest_batch(topology, build.dimensions)
+        batch = self._grow_batch(build, Size(topology, width, batch), largest)
+        return Size(topology, width, batch)
+
+    def _fit_narrow(self, build: Builder, topology: Topology) -> Size:
+        for width in WIDTHS[1:]:
+            if self._measure_size(build, Size(topology, width, 2)).peak_bytes <= self.machine.usable_bytes:
+                return Size(topology, width, 2)
+        least = self._measure_size(build, Size(topology, WIDTHS[-1], 2)).peak_bytes
+        raise PlanError(
+            f"No network fits in {format_bytes(self.machine.budget.gpu_memory_bytes)}: the smallest one needs "
+            f"{format_bytes(int(least / MEMORY_SHARE))}; give more with --gpu-memory."
+        )
+
+    def _grow_batch(self, build: Builder, size: Size, largest: int) -> int:
+        """The largest batch up to `largest` that fits; memory is close to linear in it, and is measured to be sure."""
+        estimate = self._measure_size(build, size)
+        each = estimate.moving_bytes / size.batch
+        batch = int((self.machine.usable_bytes - estimate.persistent_bytes) / each)
+        batch = max(size.batch, min(batch, largest))
+        while batch > size.batch:
+            peak = self._measure_size(build, replace(size, batch=batch)).peak_bytes
+            if peak <= self.machine.usable_bytes:
+                break
+            batch = max(size.batch, min(batch - 1, int(batch * self.machine.usable_bytes / peak)))
+        return batch
+
+    def _largest_batch(self, topology: Topology, dimensions: int) -> int:
+        median = self.grid.median_shape(self.grid.spacing)
+        voxels = math.prod(median) * len(self.grid.shapes)
+        return max(2, round(DATASET_SHARE * voxels / math.prod(topology.patch)))
+
+    def _measure_size(self, build: Builder, size: Size) -> MemoryEstimate:
+        architecture = build.architecture(size.topology, size.width)
+        return self.measure(architecture, size.batch, rules.as_volume(size.topology.patch))
+
+    # --- time
+
+    def _fit_time(
+        self, name: str, build: Builder, by_memory: Size, spacing: Sequence[float], shape: Sequence[int]
+    ) -> Size:
+        """The widest network, then the largest batch, with which the fold's time gives enough steps."""
+        fold = self.machine.budget.fold_seconds
+        if not self.machine.timed or not fold:
+            return by_memory
+        allowed = fold / TARGET_STEPS
+        base = min(MIN_BATCH[build.dimensions], by_memory.batch)
+        topology = by_memory.topology
+        speed = self._speed(build, topology)
+        size: Size | None = None
+        for width in (w for w in WIDTHS if NARROWEST_WIDE_PATCH <= w <= by_memory.width):
+            size = Size(topology, width, base)
+            if _seconds(speed, size) <= allowed:
+                break
+        else:
+            size = self._shrink_for_time(speed, allowed, spacing, shape, Size(topology, by_memory.width, base))
+        if _seconds(speed, size) * BATCH_STEPS < fold:
+            batch = int(size.batch * fold / BATCH_STEPS / _seconds(speed, size))
+            size = replace(size, batch=max(size.batch, min(batch, by_memory.batch)))
+        return size
+
+    def _shrink_for_time(
+        self, speed: Speed, allowed: float, spacing: Sequence[float], shape: Sequence[int], size: Size
+    ) -> Size:
+        """A smaller patch first, then a narrower network, then a smaller batch."""
+        size = replace(size, width=min(size.width, NARROWEST_WIDE_PATCH))
+        least = TIMED_PATCH_VOXELS[len(shape)]
+        while _seconds(speed, size) > allowed:
+            smaller = rules.shrink(size.topology, spacing, shape)
+            if smaller is None or math.prod(smaller.patch) < least:
+                break
+            size = replace(size, topology=smaller)
+        for width in (w for w in WIDTHS if w <= size.width):
+            size = replace(size, width=width)
+            if _seconds(speed, size) <= allowed:
+                return size
+        while size.batch > 2 and _seconds(speed, size) > allowed:
+            size = replace(size, batch=size.batch - 1)
+        return size
+
+    def _speed(self, build: Builder, topology: Topology) -> Speed:
+        import torch
+
+        from autoseg.experiment_planning.timing import probe_speed
+
+        key = (build.dimensions, build.cascade, topology.kernels)
+        if key not in self._speeds:
+            self._speeds[key] = probe_speed(
+                build.architecture(topology, PROBE_WIDTH),
+                self.fingerprint.labels,
+                recipe=TrainingSettings().recipe,
+                patch_size=rules.as_volume(topology.patch),
+                device=torch.device(self.machine.budget.device),
+            )
+        return self._speeds[key]
+
+    def _seconds_per_step(self, configuration: Configuration) -> float:
+        if not self.machine.timed:
+            return 0.0
+        dimensions = 2 if configuration.topology == "2d" else 3
+        build = Builder(self.fingerprint, dimensions, cascade=configuration.previous_stage is not None)
+        a = configuration.architecture
+        cut = slice(3 - dimensions, 3)
+        topology = Topology(
+            configuration.patch_size[cut], tuple(s[cut] for s in a.strides), tuple(k[cut] for k in a.kernels)
+        )
+        return _seconds(self._speed(build, topology), Size(topology, a.features[0], configuration.batch_size))
+
+    # --- reasons
+
+    def _why_untimed(self) -> str:
+        return "no GPU is here" if self.machine.budget.device == "gpu" else "probing was switched off"
+
+    def _why_spacing(self, name: str, median: Shape) -> str:
+        if name == "3d_lowres":
+            return (
+                f"coarsened by 3 % at a time until the patch sees a quarter of the median image, here {_sizes(median)}."
+            )
+        if name == "2d":
+            return f"slices stay as they are, pixels take the target spacing; the median image is {_sizes(median)}."
+        return f"the target spacing; the median image is {_sizes(median)}."
+
+    def _is_thick(self, name: str, spacing: Vector, size: Size) -> bool:
+        patch = size.topology.patch
+        ratio, flat = spacing[0] / min(spacing[1:]), max(patch) / patch[0]
+        thick = ratio > rules.ANISOTROPIC or flat > rules.ANISOTROPIC
+        self.notes.add(
+            f"{name}.augmentation",
+            "in the plane" if thick else "in all directions",
+            f"slices are {ratio:.1f} times as thick as pixels and the patch is {flat:.1f} times as long as it is deep"
+            + (": turning it through the slices would invent voxels." if thick else "."),
+        )
+        return thick
+
+    def _note_size(self, name: str, size: Size, by_memory: Size, shape: Sequence[int]) -> None:
+        estimate = self._measure_size(Builder(self.fingerprint, len(shape), cascade=name == "3d_cascade"), size)
+        needs = (
+            f"a step of batch {size.batch} needs {format_bytes(estimate.peak_bytes)} of "
+            f"{format_bytes(self.machine.budget.gpu_memory_bytes)}"
+        )
+        fold = self.machine.budget.fold_seconds
+        patch, median = _sizes(size.topology.patch), _sizes(shape)
+        seen = math.prod(min(p, m) for p, m in zip(size.topology.patch, shape, strict=True)) / math.prod(shape)
+        fits = (
+            f"patch {patch}: the median image {median} fits whole"
+            if seen >= 0.99
+            else (f"patch {patch} sees {seen:.0%} of the median image {median}")
+        )
+        shortened = size.topology.patch != by_memory.topology.patch
+        self.notes.add(
+            f"{name}.patch_size",
+            rules.as_volume(size.topology.patch),
+            f"{fits}, and {needs}"
+            + (f"; {_sizes(by_memory.topology.patch)} would fit the memory but not the time." if shortened else "."),
+        )
+        timed = self.machine.timed and fold
+        per_step = f"{format_seconds(fold)} a fold then give at least {TARGET_STEPS} steps" if timed else ""
+        if size.width < WIDTHS[0]:
+            widths = ", ".join(map(str, WIDTHS))
+            because = f"{size.width} feature maps are the widest of {widths} with which {per_step or 'a step fits'}."
+        else:
+            because = f"nnU-Net's {WIDTHS[0]} feature maps" + (f"; {per_step}." if timed else " fit.")
+        self.notes.add(f"{name}.features", size.width, because)
+        most = self._largest_batch(size.topology, len(shape))
+        if size.batch < by_memory.batch:
+            because = (
+                f"{by_memory.batch} would fit the memory; {size.batch} leaves the fold more steps "
+                f"(the batch grows only beyond {BATCH_STEPS})."
+            )
+        elif size.batch == most:
+            because = f"{size.batch} patches are {DATASET_SHARE:.0%} of the dataset's voxels; {needs}."
+        else:
+            because = f"the most that fits: {needs}, of which {1 - MEMORY_SHARE:.0%} are kept free."
+        self.notes.add(f"{name}.batch_size", size.batch, because)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What memory and time decide."""
+
+    topology: Topology
+    width: int
+    """Feature maps of the first stage."""
+    batch: int
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes the architecture of a dataset for any topology and width."""
+
+    fingerprint: Fingerprint
+    dimensions: int
+    cascade: bool = False
+
+    def architecture(self, topology: Topology, width: int) -> Architecture:
+        """The U-Net of a topology: features double with each stage, two convolutions each."""
+        labels, stages = self.fingerprint.labels, topology.stages
+        return Architecture(
+            input_channels=len(self.fingerprint.channels) + (len(labels.names) if self.cascade else 0),
+            output_channels=labels.output_channels,
+            features=tuple(min(width * 2**i, MAX_FEATURES[self.dimensions]) for i in range(stages)),
+            strides=tuple(rules.as_volume(stride) for stride in topology.strides),
+            kernels=tuple(rules.as_volume(kernel) for kernel in topology.kernels),
+            encoder_convs=(CONVS,) * stages,
+            decoder_convs=(CONVS,) * (stages - 1),
+        )
+
+
+def _seconds(speed: Speed, size: Size) -> float:
+    return STEP_OVERHEAD * speed.seconds_per_step(size.width, size.batch * math.prod(size.topology.patch))
+
+
+def _ordered(values: Sequence[Any], order: Shape) -> Any:
+    return tuple(values[axis] for axis in order)
+
+
+def _sizes(values: Sequence[float]) -> str:
+    return "x".join(f"{v:g}" for v in values)

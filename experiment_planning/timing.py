@@ -1,0 +1,72 @@
+"""A small network on this machine -> how fast it trains, from a few real steps; no file is read or written."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from autoseg.device import autocast_dtype
+from autoseg.labels import Labels
+from autoseg.plan import Architecture, Shape
+from autoseg.training.settings import RECIPES
+from autoseg.training.step import build_training, training_step
+
+PROBE_SECONDS = 0.6  # after the first step, the probe ends with the step that passes this
+PROBE_STEPS = 3  # steps after the first one, which warms up
+PROBE_VOXELS = 100_000  # of the probe's batch: about 0.1 s a step on two cores
+WIDTH_EXPONENT = 1.6  # seconds grow with width ** 1.6: convolutions with its square, norms and copies with width itself
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the probe measured."""
+
+    seconds: float
+    """Of one training step of the probe."""
+    width: int
+    """Feature maps of the probe's first stage."""
+    voxels: int
+    """Of the probe's batch: batch size times patch."""
+    device: str
+    """Where it ran."""
+
+    def seconds_per_step(self, width: int, voxels: int) -> float:
+        """Forecast for the same topology at another width, batch and patch."""
+        return self.seconds * voxels / self.voxels * float((width / self.width) ** WIDTH_EXPONENT)
+
+
+def probe_speed(
+    architecture: Architecture, labels: Labels, *, recipe: str, patch_size: Shape, device: torch.device
+) -> Speed:
+    """Seconds of a real training step: `architecture` on random data, on a batch of about PROBE_VOXELS voxels."""
+    patch = _smaller_patch(patch_size, architecture.divisor)
+    batch = max(1, PROBE_VOXELS // math.prod(patch))
+    state = build_training(architecture, labels, RECIPES[recipe], device)
+    image = torch.randn((batch, architecture.input_channels, *patch), device=device)
+    label = torch.zeros((batch, 1, *patch), dtype=torch.int16, device=device)
+    seconds: list[float] = []
+    while len(seconds) <= PROBE_STEPS and sum(seconds[1:]) < PROBE_SECONDS:
+        began = time.perf_counter()
+        training_step(state, image, label, precision=autocast_dtype(device)).item()  # .item() waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    return Speed(statistics.median(seconds[1:]), architecture.features[0], batch * math.prod(patch), str(device))
+
+
+def _smaller_patch(patch: Shape, divisor: Shape) -> Shape:
+    """`patch` with its longest axis halved until it has at most PROBE_VOXELS voxels, divisible still."""
+    size = list(patch)
+    while math.prod(size) > PROBE_VOXELS:
+        axis = max(range(3), key=lambda a: size[a] / divisor[a])
+        if size[axis] < 2 * divisor[axis]:
+            break
+        size[axis] = size[axis] // (2 * divisor[axis]) * divisor[axis]
+    return size[0], size[1], size[2]
+
+
+def with_width(architecture: Architecture, features: tuple[int, ...]) -> Architecture:
+    """The same architecture with other feature numbers."""
+    return replace(architecture, features=features)

@@ -94,7 +94,8 @@ def plan_and_preprocess(
 
     from autoseg.preprocessing.run import preprocess
 
-    names = tuple(configurations or [configuration.name for configuration in plan.configurations])
+    planned = [configuration.name for configuration in plan.configurations]  # a cascade brings its low resolution along
+    names = tuple(configurations) if keep_plan and configurations else tuple(planned)
     preprocess(dataset, plan, place, configurations=names, workers=workers, drop_cases=list(dropped), progress=progress)
     return Planned(plan, place, names, dropped)
 

@@ -50,8 +50,11 @@ MEMORY_SHARE = 0.9  # of the budget that a step may take; the rest is for the al
 CPU_FOLD_SECONDS = 1800.0  # default fold time without a GPU: a coffee, not a weekend
 GPU_FOLD_STEPS = 50_000  # default length of a fold on a GPU; nnU-Net takes 250,000
 # --- what a fold's time should give
-TARGET_STEPS = 1500  # optimiser steps that the width must leave room for; fewer do not converge
-BATCH_STEPS = 5000  # the batch grows only while the fold still gives so many steps
+WIDE_STEPS = 5000  # steps that a network wider than 16 must leave room for: it gains from long trainings alone
+TARGET_STEPS = 1500  # steps for which a big patch is made smaller
+FEWEST_STEPS = 200  # steps for which the network is made narrower than 16
+BATCH_STEPS = 10_000  # the batch grows only while the fold still gives so many steps
+MIRROR_STEPS = 10_000  # with fewer, a network has no time to learn each orientation: no mirroring
 STEP_OVERHEAD = 1.15  # augmentation and data loading share a CPU's cores with the network
 # --- the network
 WIDTHS = (32, 24, 16, 12, 8)  # feature maps of the first stage, widest first; nnU-Net's is 32
@@ -399,14 +402,14 @@ class Planner:
         target: tuple[float | None, float, float] = (None, *spacing[1:]) if dimensions == 2 else spacing
         median = self.grid.median_shape(target)
         self.notes.add(f"{name}.spacing", target, self._why_spacing(name, median))
-        build = Builder(self.fingerprint, dimensions, cascade=previous_stage is not None)
+        build = Builder(self.fingerprint, dimensions, previous_stage is not None, math.prod(median))
         in_plane, shape = spacing[3 - dimensions :], median[3 - dimensions :]
         start = rules.plan_topology(in_plane, rules.first_patch(in_plane, shape))
         if like is not None:
             start = rules.plan_topology(in_plane, like.patch_size)
         by_memory = self._fit_memory(build, start, in_plane, shape)
         size = self._fit_time(name, build, by_memory, in_plane, shape)
-        self._note_size(name, size, by_memory, shape)
+        self._note_size(name, build, size, by_memory, shape)
         thick = dimensions == 3 and self._is_thick(name, spacing, size)
         architecture = build.architecture(size.topology, size.width)
         self.notes.add(
@@ -513,7 +516,15 @@ class Planner:
         else:
             steps, because = 0, "the time of a step was not measured; the fold's time decides."
         self.notes.add(f"{configuration.name}.steps", steps, because)
-        return replace(configuration, training=replace(configuration.training, steps=steps, seconds=seconds))
+        training = replace(configuration.training, steps=steps, seconds=seconds)
+        if training.mirror_axes and 0 < steps < MIRROR_STEPS:
+            training = replace(training, mirror_axes=())
+            because = (
+                f"about {steps} steps are too few to learn each orientation: below {MIRROR_STEPS} neither training nor "
+                "prediction mirrors (see benchmarks/README.md, training)."
+            )
+            self.notes.add(f"{configuration.name}.mirror_axes", (), because)
+        return replace(configuration, training=training)
 
     # --- memory
 
@@ -553,7 +564,7 @@ class Planner:
                 topology = smaller
                 if math.prod(topology.patch) <= max(voxels, 1):
                     break
-        largest = self._largest_batch(topology, build.dimensions)
+        largest = self._largest_batch(build, topology)
         batch = self._grow_batch(build, Size(topology, width, batch), largest)
         return Size(topology, width, batch)
 
@@ -580,9 +591,8 @@ class Planner:
             batch = max(size.batch, min(batch - 1, int(batch * self.machine.usable_bytes / peak)))
         return batch
 
-    def _largest_batch(self, topology: Topology, dimensions: int) -> int:
-        median = self.grid.median_shape(self.grid.spacing)
-        voxels = math.prod(median) * len(self.grid.shapes)
+    def _largest_batch(self, build: Builder, topology: Topology) -> int:
+        voxels = build.median_voxels * len(self.grid.shapes)
         return max(2, round(DATASET_SHARE * voxels / math.prod(topology.patch)))
 
     def _measure_size(self, build: Builder, size: Size) -> MemoryEstimate:
@@ -598,38 +608,35 @@ class Planner:
         fold = self.machine.budget.fold_seconds
         if not self.machine.timed or not fold:
             return by_memory
-        allowed = fold / TARGET_STEPS
         base = min(MIN_BATCH[build.dimensions], by_memory.batch)
         topology = by_memory.topology
         speed = self._speed(build, topology)
-        size: Size | None = None
         for width in (w for w in WIDTHS if NARROWEST_WIDE_PATCH <= w <= by_memory.width):
             size = Size(topology, width, base)
-            if _seconds(speed, size) <= allowed:
+            if fold / _seconds(speed, size) >= (WIDE_STEPS if width > NARROWEST_WIDE_PATCH else TARGET_STEPS):
                 break
         else:
-            size = self._shrink_for_time(speed, allowed, spacing, shape, Size(topology, by_memory.width, base))
+            size = self._shrink_for_time(speed, spacing, shape, Size(topology, by_memory.width, base))
         if _seconds(speed, size) * BATCH_STEPS < fold:
             batch = int(size.batch * fold / BATCH_STEPS / _seconds(speed, size))
             size = replace(size, batch=max(size.batch, min(batch, by_memory.batch)))
         return size
 
-    def _shrink_for_time(
-        self, speed: Speed, allowed: float, spacing: Sequence[float], shape: Sequence[int], size: Size
-    ) -> Size:
-        """A smaller patch first, then a narrower network, then a smaller batch."""
+    def _shrink_for_time(self, speed: Speed, spacing: Sequence[float], shape: Sequence[int], size: Size) -> Size:
+        """A smaller patch first, where it is big, then a narrower network, then a smaller batch."""
+        fold = self.machine.budget.fold_seconds
         size = replace(size, width=min(size.width, NARROWEST_WIDE_PATCH))
         least = TIMED_PATCH_VOXELS[len(shape)]
-        while _seconds(speed, size) > allowed:
+        while fold / _seconds(speed, size) < TARGET_STEPS:
             smaller = rules.shrink(size.topology, spacing, shape)
             if smaller is None or math.prod(smaller.patch) < least:
                 break
             size = replace(size, topology=smaller)
         for width in (w for w in WIDTHS if w <= size.width):
             size = replace(size, width=width)
-            if _seconds(speed, size) <= allowed:
+            if fold / _seconds(speed, size) >= FEWEST_STEPS:
                 return size
-        while size.batch > 2 and _seconds(speed, size) > allowed:
+        while size.batch > 2 and fold / _seconds(speed, size) < FEWEST_STEPS:
             size = replace(size, batch=size.batch - 1)
         return size
 
@@ -687,8 +694,8 @@ class Planner:
         )
         return thick
 
-    def _note_size(self, name: str, size: Size, by_memory: Size, shape: Sequence[int]) -> None:
-        estimate = self._measure_size(Builder(self.fingerprint, len(shape), cascade=name == "3d_cascade"), size)
+    def _note_size(self, name: str, build: Builder, size: Size, by_memory: Size, shape: Sequence[int]) -> None:
+        estimate = self._measure_size(build, size)
         needs = (
             f"a step of batch {size.batch} needs {format_bytes(estimate.peak_bytes)} of "
             f"{format_bytes(self.machine.budget.gpu_memory_bytes)}"
@@ -709,14 +716,16 @@ class Planner:
             + (f"; {_sizes(by_memory.topology.patch)} would fit the memory but not the time." if shortened else "."),
         )
         timed = self.machine.timed and fold
-        per_step = f"{format_seconds(fold)} a fold then give at least {TARGET_STEPS} steps" if timed else ""
-        if size.width < WIDTHS[0]:
-            widths = ", ".join(map(str, WIDTHS))
-            because = f"{size.width} feature maps are the widest of {widths} with which {per_step or 'a step fits'}."
+        if timed and size.width < by_memory.width:
+            need = WIDE_STEPS if size.width >= NARROWEST_WIDE_PATCH else FEWEST_STEPS
+            because = (
+                f"{by_memory.width} feature maps would fit the memory; {size.width} are the widest of "
+                f"{', '.join(map(str, WIDTHS))} that pay in {format_seconds(fold)} a fold: wider ones need {need} steps."
+            )
         else:
-            because = f"nnU-Net's {WIDTHS[0]} feature maps" + (f"; {per_step}." if timed else " fit.")
+            because = f"{size.width} feature maps, the widest of {', '.join(map(str, WIDTHS))} (nnU-Net's is 32), fit."
         self.notes.add(f"{name}.features", size.width, because)
-        most = self._largest_batch(size.topology, len(shape))
+        most = self._largest_batch(build, size.topology)
         if size.batch < by_memory.batch:
             because = (
                 f"{by_memory.batch} would fit the memory; {size.batch} leaves the fold more steps "
@@ -746,6 +755,8 @@ class Builder:
     fingerprint: Fingerprint
     dimensions: int
     cascade: bool = False
+    median_voxels: int = 0
+    """Of the median image on the configuration's grid."""
 
     def architecture(self, topology: Topology, width: int) -> Architecture:
         """The U-Net of a topology: features double with each stage, two convolutions each."""

@@ -62,7 +62,7 @@ class Augmentation:
     It draws from torch's and numpy's global generators; who calls it seeds both.
     """
 
-    def __init__(self, configuration: Configuration, *, previous_labels: tuple[int, ...] = ()) -> None:
+    def __init__(self, configuration: Configuration, *, previous_labels: tuple[tuple[int, ...], ...] = ()) -> None:
         self.plane = configuration.patch_size[0] == 1
         self.spatial = _spatial(configuration, probability=SPATIAL_PROBABILITY)
         self.crop = _spatial(configuration, probability=0.0)
@@ -74,8 +74,9 @@ class Augmentation:
     def __call__(self, image: Tensor, label: Tensor, *, augment: bool = True) -> tuple[Tensor, Tensor]:
         """Image (C, Z, Y, X) float32, label (1 or 2, Z, Y, X) int16 of `source_size` -> the same of patch size.
 
-        A second label channel is the previous stage's answer: it becomes further image channels, one-hot, roughened
-        as an imperfect answer would be. With `augment=False` the patch is only cut out.
+        A second label channel is the previous stage's answer: it becomes further image channels, one for each group of
+        values in `previous_labels` (a class or a region), roughened as an imperfect answer would be. With
+        `augment=False` the patch is only cut out. What is given may be overwritten.
         """
         sample = (
             {"image": image[:, 0], "segmentation": label[:, 0]}
@@ -89,7 +90,7 @@ class Augmentation:
         if self.plane:
             image, label = image.unsqueeze(1), label.unsqueeze(1)
         if self.previous_labels:
-            onehot = torch.stack([label[1] == value for value in self.previous_labels]).float()
+            onehot = torch.stack([torch.isin(label[1], torch.tensor(v)) for v in self.previous_labels]).float()
             if augment:  # built anew each time: it shuffles its own list of channels
                 onehot = _roughen(len(self.previous_labels))(image=onehot)["image"]
             image, label = torch.cat((image, onehot)), label[:1]

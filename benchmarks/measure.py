@@ -1,6 +1,6 @@
 """What every benchmark shares: the machine in one line, a command's seconds and peak memory, a markdown table.
 
-Memory is summed over the process and all its descendants, sampled every 50 ms. On Linux it is PSS (shared pages are
+Memory is summed over the process and all its descendants, sampled every 50 ms (less often where that would cost time). On Linux it is PSS (shared pages are
 divided among those that share them, so nothing is counted twice), elsewhere RSS; the measurement says which.
 Needs psutil: `pip install -c constraints.txt '.[benchmarks]'`.
 """
@@ -63,8 +63,10 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while True:
+            began = time.perf_counter()
             self.peak_bytes = max(self.peak_bytes, tree_bytes(self._process))
-            if self._stop.wait(SAMPLE_SECONDS):
+            # reading the page tables of a big process takes a while: never more than 2 % of one core
+            if self._stop.wait(max(SAMPLE_SECONDS, 50 * (time.perf_counter() - began))):
                 return
 
 

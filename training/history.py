@@ -51,11 +51,12 @@ class History:
         with open(self.path, encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
             try:
-                if next(reader) != self.columns:
+                if next(reader, None) != self.columns:
                     raise ValueError("other columns")
-                self.rows = [row for row in map(_parse, reader) if row.step <= until_step]
-            except (ValueError, StopIteration, IndexError) as error:
+                rows = [_parse(cells, count=len(self.columns)) for cells in reader]
+            except (ValueError, csv.Error) as error:
                 raise CheckpointError(f"{self.path}: not the history of this training ({error}); delete it.") from error
+        self.rows = [row for row in rows if row.step <= until_step]
 
     def append(self, row: Row) -> None:
         """Add a row and write the file."""
@@ -75,7 +76,9 @@ class History:
         write_text(self.path, text.getvalue())
 
 
-def _parse(cells: Sequence[str]) -> Row:
+def _parse(cells: Sequence[str], *, count: int) -> Row:
+    if len(cells) != count:
+        raise ValueError(f"a row of {len(cells)} cells, expected {count}")
     step, seconds, progress, rate, loss = int(cells[0]), *map(float, cells[1:5])
     dice = [None if cell == "" else float(cell) for cell in cells[5:]]
     return Row(step, seconds, progress, rate, loss, dice[0], tuple(dice[1:]))
@@ -83,16 +86,12 @@ def _parse(cells: Sequence[str]) -> Row:
 
 def draw_curve(history: History, path: Path, *, title: str) -> None:
     """Loss, online Dice and learning rate over the training, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, whose backend and open figures are the caller's
 
     rows = history.rows
     minutes = [row.seconds / 60 for row in rows]
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(4, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     top.plot(minutes, [row.loss for row in rows], color="#0072b2", label="training loss")
     top.set_ylabel("loss")
     top.set_title(title)
@@ -108,4 +107,3 @@ def draw_curve(history: History, path: Path, *, title: str) -> None:
     bottom.set_xlabel("minutes of training")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)

@@ -59,6 +59,7 @@ def main() -> None:
             shutil.copytree(whole, root)
             breakage.apply(root)
             rows.append(_row(breakage, root, folder, options.nnunet_python))
+            print(" | ".join(rows[-1]), file=sys.stderr)  # it takes a while
 
     print(machine())
     if options.nnunet_python:

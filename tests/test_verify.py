@@ -191,13 +191,13 @@ def test_left_and_right_swapped_in_one_case_is_found(tiny_dataset: Factory) -> N
     assert '"left_kidney" and "right_kidney" lie the other way round' in warned["case_03"]
 
 
-def test_a_flip_of_the_voxels_alone_shows_in_the_sides_whatever_the_orientation(tiny_dataset: Factory) -> None:
+def test_left_and_right_are_compared_in_the_world_not_in_the_file(tiny_dataset: Factory) -> None:
     root = tiny_dataset(cases=4)
     describe(root, labels={"background": 0, "left_kidney": 1, "right_kidney": 2})
     turn = ((2, 0, 1), (True, False, False))  # x first, and reversed
     for number in range(4):
         label = np.zeros((12, 16, 14), np.uint8)
-        label[4:8, 4:8, 1:4], label[4:8, 5:9, 10:13] = 1, 2
+        label[4:8, 5:9, 1:4], label[4:8, 4:8, 10:13] = 1, 2
         change(root / f"labelsTr/case_0{number}.nii.gz", voxels(lambda a, label=label: label[None]))
         if number == 2:  # stored otherwise, but the same in the world: no swap
             for path in (root / "imagesTr/case_02_0000.nii.gz", root / "labelsTr/case_02.nii.gz"):

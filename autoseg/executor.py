@@ -91,9 +91,15 @@ atexit.register(stop_workers)
 
 
 def _acquire() -> _Worker:
-    with _lock:
-        if _idle:
-            return _idle.pop()
+    """A worker that waits, if one is alive, or a new one."""
+    while True:
+        with _lock:
+            if not _idle:
+                break
+            worker = _idle.pop()
+        if worker.process.poll() is None:
+            return worker
+        worker.end()
     return _Worker()
 
 
@@ -168,17 +174,18 @@ class _Run:
     def _feed(self) -> None:
         worker: _Worker | None = None
         try:
-            worker = self._enter(_acquire())
             while (entry := self._next()) is not None:
                 index, item = entry
+                message = pickle.dumps(item)
+                worker = worker or self._enter(_acquire())
                 try:
-                    answer = worker.ask(pickle.dumps(item), self.names[index])
+                    answer = worker.ask(message, self.names[index])
                 except (EOFError, OSError):
                     if self.stopped:
                         return
                     answer = worker.obituary(self.names[index])
                     self._leave(worker)
-                    worker = self._enter(_acquire())
+                    worker = None
                 self.done.put((index, answer))
         except BaseException as error:
             if not self.stopped:
@@ -348,7 +355,8 @@ def serve() -> None:
             os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
-    _send(answers, READY, b"")
+    with contextlib.suppress(BrokenPipeError):  # the parent had nothing to ask and is gone: `read` ends this process
+        _send(answers, READY, b"")
     call = b""
     function: Callable[[Any], Any] | None = None
     while True:

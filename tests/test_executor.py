@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def misbehave(how: str) -> object:
         print("noise on the standard output", flush=True)
         os.write(1, b"more noise\n")
     if how == "grows":
-        b"x" * 300_000_000
+        assert b"x" * 300_000_000
         os.kill(os.getpid(), signal.SIGKILL)
     return how
 
@@ -87,6 +89,31 @@ def test_workers_started_ahead_are_the_ones_that_work():
     start_workers(2)
     ahead = {worker.process.pid for worker in executor._idle}
     assert {pid for _, pid in map_cases(process_id, range(6), workers=2, names=list("abcdef"))} == ahead
+
+
+def test_no_worker_is_started_for_no_items():
+    stop_workers()
+    assert list(map_cases(double, [], workers=2, names=[])) == []
+    assert not executor._idle
+
+
+def test_a_worker_that_died_while_it_waited_is_replaced():
+    start_workers(2)
+    for worker in executor._idle:
+        worker.process.kill()
+        worker.process.wait()
+    assert dict(map_cases(double, range(4), workers=2, names=list("abcd"))) == {i: 2 * i for i in range(4)}
+
+
+def test_an_error_in_the_loop_ends_the_workers_when_the_generator_is_closed():
+    stop_workers()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        contextlib.closing(map_cases(process_id, range(50), workers=2, names=["a"] * 50)) as results,
+    ):
+        for _ in results:
+            raise KeyboardInterrupt
+    assert not [t for t in threading.enumerate() if "_feed" in t.name]
 
 
 def test_a_dead_worker_is_named_with_case_cause_and_memory_and_the_others_go_on():

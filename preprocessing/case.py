@@ -124,12 +124,9 @@ def preprocess_case(
     geometry = geometry or find_geometry(image, settings)
     cropped = _cut(image.array, geometry)
     nonzero = functools.lru_cache(maxsize=1)(lambda: _nonzero_mask(cropped))
-    normalized = np.stack(
-        [
-            normalize(channel, how, nonzero=nonzero, spacing=geometry.cropped.spacing)
-            for channel, how in zip(cropped, settings.normalization, strict=True)
-        ]
-    )
+    normalized = np.empty(cropped.shape, dtype=np.float32)
+    for channel, result, how in zip(cropped, normalized, settings.normalization, strict=True):
+        result[...] = normalize(channel, how, nonzero=nonzero, spacing=geometry.cropped.spacing)
     resampled = resample_image(normalized, geometry.network_shape, settings.image_order)
     if label is None:
         return PreprocessedCase(resampled, None, geometry)

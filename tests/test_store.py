@@ -141,7 +141,7 @@ def test_a_flipped_byte_anywhere_is_refused_naming_case_and_file(tmp_path):
     for path in sorted(tmp_path.iterdir()):
         whole = path.read_bytes()
         header, trailer = range(0, min(220, len(whole)), 3), range(max(0, len(whole) - 150), len(whole), 3)
-        for position in sorted({*header, *trailer, *rng.integers(0, len(whole), 40).tolist()}):
+        for position in sorted({*header, *trailer, *rng.integers(0, len(whole), 15).tolist()}):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << int(rng.integers(8))
             path.write_bytes(damaged)

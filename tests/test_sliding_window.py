@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from autoseg.inference.sliding_window import empty_logits, mirror_flips, sliding_window_logits, tile_axis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from autoseg.inference.sliding_window import empty_logits, mirror_flips, sliding_window_logits, tile_axis
 
 
 class Pointwise(nn.Module):
@@ -62,7 +63,7 @@ def test_any_tiling_of_a_pointwise_network_gives_the_pointwise_answer(shape, bat
         batch_size=batch,
         max_ram_bytes=max_ram,
     )
-    assert torch.allclose(logits.float(), torch.cat((2 * image + 1, -image)), atol=5e-3)
+    assert torch.allclose(logits.float(), torch.cat((2 * image + 1, -image)), atol=2e-2)
 
 
 def test_two_dimensional_patches_pass_slices_as_a_batch():
@@ -88,7 +89,8 @@ def test_mirrored_copies_are_turned_back_and_averaged():
     assert mirror_flips((0, 2)) == [(), (2,), (4,), (2, 4)]
 
 
-def test_constant_tiles_are_computed_once_and_exactly():
+@pytest.mark.parametrize("max_ram", [2**30, 1])
+def test_constant_tiles_are_computed_once_and_exactly(max_ram):
     calls = []
 
     def padded_convolution(x: torch.Tensor) -> torch.Tensor:
@@ -96,14 +98,14 @@ def test_constant_tiles_are_computed_once_and_exactly():
         return nn.functional.conv3d(x, torch.ones(1, 1, 3, 3, 3), padding=1)
 
     image = torch.zeros(1, 4, 4, 64)
-    image[..., 60:] = torch.randn(4, 4, 4)
-    options = {"patch_size": (4, 4, 8), "step_size": 1.0, "batch_size": 1}
+    image[..., 56:] = torch.randn(4, 4, 8)
+    options = {"patch_size": (4, 4, 8), "step_size": 0.5, "batch_size": 1, "max_ram_bytes": max_ram}
     skipped = sliding_window_logits(padded_convolution, image, **options)
-    assert len(calls) == 2  # seven empty tiles share one call
+    assert len(calls) == 3  # thirteen empty tiles share one call, two see the end
     image_without_constant_tiles = image.clone()
     image_without_constant_tiles[..., ::4] += 1e-12
-    assert torch.allclose(sliding_window_logits(padded_convolution, image_without_constant_tiles, **options), skipped)
-    assert len(calls) == 2 + 8
+    whole = sliding_window_logits(padded_convolution, image_without_constant_tiles, **options)
+    assert torch.allclose(whole.float(), skipped.float(), atol=1e-5) and len(calls) == 3 + 15
 
 
 def test_the_middle_of_a_tile_counts_more_than_its_border():

@@ -408,7 +408,7 @@ def read_label(case: Case, grid: Grid | None, dataset: RawDataset, notes: list[s
     if unknown:
         raise DatasetError(
             f"{path}: label value{'s' if len(unknown) > 1 else ''} {_listed(unknown)} "
-            f"({sum(values[value] for value in unknown)} voxels) not in {DATASET_JSON}, expected {_listed(known)}; "
+            f"({_voxels(sum(values[value] for value in unknown))}) not in {DATASET_JSON}, expected {_listed(known)}; "
             "correct the label or name the value."
         )
     return Image(array.astype(np.int16), grid or label.grid)
@@ -420,7 +420,7 @@ def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[np.int32]:
     if fractional.any():
         example = float(array[fractional][0])
         raise DatasetError(
-            f"{path}: {int(fractional.sum())} label voxels are fractional (such as {example:.6g}), expected whole "
+            f"{path}: fractional label in {_voxels(int(fractional.sum()))} (such as {example:.6g}), expected whole "
             "numbers; it may have been resampled as an image: make the label again with nearest-neighbour or label "
             "interpolation."
         )
@@ -438,6 +438,10 @@ def label_values(label: NDArray[Any]) -> dict[int, int]:
     for slab in label.reshape(-1, label.shape[-1] if label.ndim < 2 else label.shape[-1] * label.shape[-2]):
         total += np.bincount(slab, minlength=highest + 1)
     return {int(value): int(total[value]) for value in np.flatnonzero(total)}
+
+
+def _voxels(count: int) -> str:
+    return "1 voxel" if count == 1 else f"{count} voxels"
 
 
 def _listed(values: Iterable[int]) -> str:

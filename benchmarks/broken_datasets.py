@@ -199,7 +199,7 @@ BREAKAGES = (
     Breakage("other direction", _change(LABEL, _other_direction)),
     Breakage("4D", _four_dimensional),
     Breakage("missing channel", _missing_channel),
-    Breakage("no foreground (in any case)", _no_foreground),
+    Breakage("no foreground (in all cases)", _no_foreground),
     Breakage("broken dataset.json", _broken_description, named="dataset.json"),
 )
 

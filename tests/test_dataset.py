@@ -233,8 +233,8 @@ FLIPPED = ((-1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
         (SECOND, with_voxel(np.inf), "1 of 2688 voxels are NaN or infinite"),
         (SECOND, with_voxel(1e300, np.float64), "1 infinite of"),  # beyond float32
         (LABEL, with_voxel(np.nan), "1 of 2688 voxels are NaN or infinite"),
-        (LABEL, with_voxel(0.5), "1 label voxels are fractional .such as 0.5."),
-        (LABEL, with_voxel(7, np.uint8), r"label value 7 \(1 voxels\) not in dataset.json, expected 0, 1, 2"),
+        (LABEL, with_voxel(0.5), "fractional label in 1 voxel .such as 0.5."),
+        (LABEL, with_voxel(7, np.uint8), r"label value 7 \(1 voxel\) not in dataset.json, expected 0, 1, 2"),
         (LABEL, with_voxel(-1, np.int16), "label value -1"),
         (LABEL, with_voxel(3e9), "label value 16777216"),
         (LABEL, with_voxel(70000, np.int32), "label value 70000"),

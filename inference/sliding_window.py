@@ -66,7 +66,8 @@ def sliding_window_logits(
     the step between tiles as a fraction of the tile (one number, or one for each axis), `mirror_axes` the axes
     (0, 1, 2 = z, y, x) along which mirrored copies are averaged (2 to the power of their number), `batch_size` how
     many tiles or copies enter the network at once, `precision` the autocast dtype or None. Where the image is not
-    much longer than the patch (`stretch`), one tile takes it all, padded to the divisor. Constant tiles are computed once for each value.
+    much longer than the patch (`stretch`), one tile takes it all, padded to the divisor. Constant tiles are computed
+    once for each value.
     """
     device = device or image.device
     steps = (step_size,) * 3 if isinstance(step_size, int | float) else tuple(step_size)

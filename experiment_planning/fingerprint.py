@@ -343,6 +343,41 @@ def _statistics(sample: NDArray[np.float32]) -> tuple[IntensityStatistics, ...]:
     return tuple(IntensityStatistics(*(float(f"{value:.7g}") for value in column)) for column in columns)
 
 
+def uniform_fingerprint(
+    name: str,
+    *,
+    shape: Shape,
+    spacing: Vector,
+    cases: int,
+    labels: Labels,
+    channels: tuple[str, ...] = ("MRI",),
+    file_ending: str = ".nii.gz",
+) -> Fingerprint:
+    """The fingerprint of `cases` equal cases with intensities from 0 to 1: for questions of the kind "what if"."""
+    absent = tuple(0 for _ in labels.names)
+    statistics = IntensityStatistics(0.5, 0.25, 0.0, 0.5, 1.0)
+    dimensions = 2 if min(shape) == 1 else 3
+    measured = [s for s, n in zip(spacing, shape, strict=True) if dimensions == 3 or n > 1]
+    return Fingerprint(
+        dataset=name,
+        channels=channels,
+        labels=labels,
+        file_ending=file_ending,
+        dimensions=dimensions,
+        median_shape=shape,
+        median_spacing=spacing,
+        anisotropy=round(max(measured) / min(measured), 4),
+        cropped_share=0.0,
+        intensities=(statistics,) * len(channels),
+        classes=tuple(ClassFingerprint(structure, 0, 0.0, 0.0, 0.0, ()) for structure in labels.names),
+        mirrored_pairs=(),
+        cases=tuple(
+            CaseFingerprint(f"case_{i:04d}", shape, spacing, shape, "SPL", absent, absent, (None,) * len(absent))
+            for i in range(cases)
+        ),
+    )
+
+
 # --- left and right ---------------------------------------------------------------------------------------------
 
 _SIDE = re.compile(r"(?<![a-z])(left|right|l|r|lt|rt)(?![a-z])")

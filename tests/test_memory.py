@@ -1,0 +1,71 @@
+"""The memory of a training step, counted on fake tensors, against what the profiler records of real steps."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from autoseg.experiment_planning.memory import StepMeter
+
+spec = importlib.util.spec_from_file_location(
+    "memory_benchmark", Path(__file__).parents[1] / "benchmarks" / "memory.py"
+)
+assert spec is not None and spec.loader is not None
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules["memory_benchmark"] = benchmark  # dataclasses look their module up
+spec.loader.exec_module(benchmark)
+
+TOLERANCE = 0.1  # what the planner promises; the benchmark's table shows about 0.01
+TINY = (8, 16, 32)
+FLAT = (8, 16, 32, 64)
+STEPS = [
+    benchmark.Step("3D", TINY, (16, 24, 16), 2),
+    benchmark.Step("3D, fp32", TINY, (16, 24, 16), 2, precision="fp32"),
+    benchmark.Step("3D, SGD", TINY, (16, 24, 16), 2, recipe="sgd"),
+    benchmark.Step("3D, no deep supervision", TINY, (16, 16, 16), 3, deep_supervision=False),
+    benchmark.Step("3D, anisotropic kernels", FLAT, (8, 32, 32), 2, flat_stages=2),
+    benchmark.Step("3D, regions", TINY, (16, 16, 16), 2, labels=benchmark.REGIONS, channels=4),
+    benchmark.Step("3D, ignore label", TINY, (16, 16, 16), 2, labels=benchmark.IGNORED),
+    benchmark.Step("3D, 14 organs", TINY, (16, 16, 16), 2, labels=benchmark.ORGANS),
+    benchmark.Step("2D", FLAT, (1, 32, 48), 8, flat_stages=4),
+    benchmark.Step("2D, fp32", FLAT, (1, 32, 48), 8, flat_stages=4, precision="fp32"),
+    benchmark.Step("2D, RGB", FLAT, (1, 64, 64), 4, channels=3, flat_stages=4),
+    benchmark.Step("3D, wide", (32, 64), (16, 16, 16), 1),
+]
+
+
+def meter_of(step):
+    return StepMeter(step.architecture, step.labels, recipe=step.recipe, precision=step.precision)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_the_estimate_is_within_ten_percent_of_the_recorded_peak(step):
+    estimate = meter_of(step).measure(step.batch, step.patch).peak_bytes
+    assert estimate == pytest.approx(benchmark.measured_peak(step), rel=TOLERANCE)
+
+
+def test_a_meter_gives_the_same_answer_whatever_it_measured_before():
+    step = STEPS[0]
+    used, fresh = meter_of(step), meter_of(step)
+    used.measure(5, (16, 16, 16))
+    assert used.measure(2, (16, 24, 16)) == fresh.measure(2, (16, 24, 16))
+
+
+def test_memory_grows_with_the_batch_and_the_persistent_part_does_not():
+    meter = meter_of(STEPS[0])
+    two, four = meter.measure(2, (16, 16, 16)), meter.measure(4, (16, 16, 16))
+    assert four.peak_bytes > 1.5 * two.peak_bytes
+    assert four.persistent_bytes == two.persistent_bytes
+    assert four.step_flops == 2 * two.step_flops
+
+
+def test_the_persistent_part_is_weights_gradients_two_moments_and_the_average():
+    estimate = meter_of(STEPS[0]).measure(1, (16, 16, 16))
+    copies = estimate.persistent_bytes / (4 * estimate.parameters)
+    assert copies == pytest.approx(5, rel=0.01)
+
+
+def test_a_huge_step_is_measured_without_being_allocated():
+    step = benchmark.Step("3D", (32, 64, 128, 256, 320, 320), (256, 256, 256), 2)
+    assert meter_of(step).measure(2, step.patch).peak_bytes > 30 * 10**9

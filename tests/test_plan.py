@@ -1,0 +1,127 @@
+"""plan.json: what is written is read back, and what a hand broke is refused in a sentence that names it."""
+
+import json
+from typing import Any
+
+import pytest
+from small_models import small_plan
+
+from autoseg.errors import PlanError
+from autoseg.plan import Decision, Forecast, Plan, to_json
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    """The JSON of a sound plan with three configurations."""
+    return json.loads(json.dumps(to_json(small_plan())))
+
+
+def test_a_plan_is_read_back_as_it_was_written(tmp_path):
+    plan = small_plan()
+    plan = Plan(
+        **{
+            **plan.__dict__,
+            "forecasts": {"3d_fullres": Forecast(10**9, 10**6, 10**10, 0.25, 60.0, 1000)},
+            "decisions": (Decision("3d_fullres.patch_size", [8, 16, 16], "rule", "it fits."),),
+        }
+    )
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_forecasts_and_reasons_do_not_change_the_id_but_a_patch_does(content):
+    plan = Plan.from_json(content, where="p")
+    content["decisions"] = [{"name": "x", "value": 1, "kind": "rule", "because": "why not."}]
+    assert Plan.from_json(content, where="p").id == plan.id
+    content["configurations"][0]["patch_size"] = [8, 16, 32]
+    assert Plan.from_json(content, where="p").id != plan.id
+
+
+def test_a_plan_of_another_version_is_refused(content, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({**content, "version": 2}))
+    with pytest.raises(PlanError, match=r"plan\.json: plan version 2 .* version 1; plan again"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_or_unreadable_plan_is_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    with pytest.raises(PlanError, match="there is no such plan"):
+        Plan.load(path)
+    path.write_text('{"version": 1,')
+    with pytest.raises(PlanError, match="not valid JSON"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("place", [(), ("budget",), ("configurations", 0), ("configurations", 0, "architecture")])
+def test_an_unknown_key_is_refused_with_its_nearest(content, place):
+    inner: Any = content
+    for step in place:
+        inner = inner[step]
+    inner["patchsize"] = 1
+    with pytest.raises(PlanError, match="'patchsize'"):
+        Plan.from_json(content, where="plan.json")
+
+
+# a hand's edits of the first configuration, and what the sentence must name
+EDITS = [
+    (("batch_size",), 0, "batch_size"),
+    (("batch_size",), "two", "batch_size"),
+    (("batch_size",), True, "batch_size"),
+    (("patch_size",), [8, 16], "patch_size"),
+    (("patch_size",), [8, 16, 17], r"patch_size .* divisible by \[2, 2, 2\]"),
+    (("patch_size",), [0, 16, 16], "patch_size"),
+    (("topology",), "4d", "2d, 3d"),
+    (("topology",), "2d", "2d configuration needs patch_size"),
+    (("preprocessing", "spacing"), [1.0, 0.0, 1.0], "spacing must be positive"),
+    (("preprocessing", "spacing"), [1.0, -1.0, 1.0], "spacing must be positive"),
+    (("preprocessing", "axis_order"), [0, 0, 1], "axis_order"),
+    (("preprocessing", "normalization"), [], "normalization"),
+    (("architecture", "features"), [4], "features, strides, kernels"),
+    (("architecture", "features"), [4, 0], "at least 1"),
+    (("architecture", "kernels"), [[3, 3, 3], [2, 3, 3]], "kernels must be odd"),
+    (("architecture", "strides"), [[2, 2, 2], [2, 2, 2]], r"begin with \[1, 1, 1\]"),
+    (("architecture", "decoder_convs"), [1, 1], "decoder_convs must have 1"),
+    (("architecture", "output_channels"), 7, "output_channels must be 3"),
+    (("architecture", "input_channels"), 2, "input_channels must be 1"),
+    (("training", "mirror_axes"), [3], "mirror_axes"),
+]
+
+
+@pytest.mark.parametrize(("keys", "value", "sentence"), EDITS, ids=lambda entry: str(entry)[:40])
+def test_a_hand_edited_value_that_cannot_be_is_refused_by_name(content, keys, value, sentence):
+    inner = content["configurations"][0]
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    with pytest.raises(PlanError, match=sentence):
+        Plan.from_json(content, where="plan.json")
+
+
+def test_a_cascade_on_a_stage_that_is_not_planned_is_refused(content):
+    content["configurations"][2]["previous_stage"] = "3d_lowest"
+    with pytest.raises(PlanError, match="previous_stage '3d_lowest'"):
+        Plan.from_json(content, where="plan.json")
+
+
+def test_a_missing_key_is_named(content):
+    del content["configurations"][0]["patch_size"]
+    with pytest.raises(PlanError, match="'patch_size' is missing"):
+        Plan.from_json(content, where="plan.json")
+
+
+def test_a_sensible_edit_is_taken(content):
+    content["configurations"][0]["patch_size"] = [8, 32, 32]
+    content["configurations"][0]["batch_size"] = 5
+    edited = Plan.from_json(content, where="plan.json").configuration("3d_fullres")
+    assert (edited.patch_size, edited.batch_size) == ((8, 32, 32), 5)
+
+
+def test_an_unknown_configuration_is_refused_with_those_that_are_planned():
+    with pytest.raises(PlanError, match="3d_cascade, 3d_fullres, 3d_lowres.*3d_fullres"):
+        small_plan().configuration("3d_fulres")
+
+
+def test_equal_preprocessing_shares_a_store():
+    plan = small_plan()
+    fine, coarse, cascade = (plan.configuration(name) for name in ("3d_fullres", "3d_lowres", "3d_cascade"))
+    assert fine.preprocessing.store_id == cascade.preprocessing.store_id != coarse.preprocessing.store_id

@@ -44,7 +44,9 @@ class Planned:
             patch = "x".join(map(str, settings.patch_size))
             cost = ""
             if forecast is not None:
-                cost = f", {format_bytes(forecast.memory_bytes)} a step, a fold {format_seconds(forecast.fold_seconds)}"
+                cost = f", {format_bytes(forecast.memory_bytes)} a step"
+                if forecast.fold_seconds:  # 0 where no step was timed, because the plan is for another machine
+                    cost += f", {format_seconds(forecast.fold_seconds)} a fold"
             lines.append(f"  {name}: patch {patch}, batch {settings.batch_size}{cost}")
         return "\n".join(lines)
 

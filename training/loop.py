@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,12 @@ from torch import Tensor
 
 from autoseg.checkpoint import Checkpoint, load_tensors, save_tensors
 from autoseg.device import autocast_dtype, resolve_device
-from autoseg.errors import CheckpointError, PlanError, unknown_choice
+from autoseg.errors import CheckpointError, PlanError, StorageError, unknown_choice
 from autoseg.labels import Labels
 from autoseg.plan import Configuration, Plan
 from autoseg.preprocessing.store import Store
 from autoseg.training.batches import Samples, batches, default_workers
-from autoseg.training.folds import ALL, load_or_make_folds, select_fold
+from autoseg.training.folds import load_or_make_folds, select_fold
 from autoseg.training.history import History, Row, draw_curve
 from autoseg.training.schedule import in_decay, learning_rate_factor
 from autoseg.training.settings import (
@@ -30,6 +32,7 @@ from autoseg.training.settings import (
     RECIPES,
     SAVE_SECONDS,
     SAVE_SHARE,
+    VALIDATION_BYTES,
     VALIDATION_PATCHES,
     VALIDATION_SHARE,
 )
@@ -108,7 +111,7 @@ def train_fold(
     `previous` is a store with the previous stage's labels (cascade). `stop` is asked after each step; when it says
     yes the training ends with a valid checkpoint and can be resumed. `resume` goes on where an earlier run stopped.
     `workers` processes prepare the patches (0: a thread; default: by the number of cores); it changes no result.
-    Raises PlanError, CheckpointError, StorageError.
+    Raises PlanError, CheckpointError, StorageError, WorkerError.
     """
     settings = plan.configuration(configuration)
     folder = workspace.fold(configuration, fold)
@@ -117,13 +120,15 @@ def train_fold(
     recipe_name = recipe or settings.training.recipe
     if recipe_name not in RECIPES:
         raise PlanError(unknown_choice("Recipe", recipe_name, RECIPES))
+    if seed < 0:
+        raise PlanError(f"The seed must be 0 or more, got {seed}.")
 
     store = Store(workspace.store(settings.preprocessing))
     cases = store.cases()
+    if not cases:
+        raise StorageError(f"{store.folder}: no preprocessed case is there; run `autoseg plan-and-preprocess` first.")
     split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
-    earlier = Store(previous) if previous is not None else None
-    if (settings.previous_stage is not None) != (earlier is not None):
-        raise PlanError(f"Configuration {configuration} needs the predictions of {settings.previous_stage}.")
+    earlier = _previous_stage(settings, previous, (*split.train, *split.validation))
     training = Samples(store, split.train, settings, plan.labels, seed=seed, previous=earlier)
     held_out = Samples(
         store, split.validation or split.train, settings, plan.labels,
@@ -133,6 +138,7 @@ def train_fold(
     torch.manual_seed(seed)
     state = build_training(settings.architecture, plan.labels, RECIPES[recipe_name], torch_device)
     identity = {"plan": plan.id, "configuration": configuration, "fold": fold, "seed": seed, "recipe": recipe_name}
+    identity["cases"] = hashlib.sha256("\n".join(split.train).encode()).hexdigest()[:12]
     run = _Run(plan, settings, fold, folder, limits, state, identity)
     run.begin(resume=resume)
     online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size)
@@ -146,6 +152,24 @@ def train_fold(
         on_step=on_step,
         stop=stop,
     )
+
+
+def _previous_stage(settings: Configuration, folder: Path | None, cases: Sequence[str]) -> Store | None:
+    """The store of the previous stage's labels, with all of `cases`; None where there is no previous stage."""
+    if folder is None and settings.previous_stage is None:
+        return None
+    if folder is None:
+        raise PlanError(f"Configuration {settings.name} needs the predictions of {settings.previous_stage}.")
+    if settings.previous_stage is None:
+        raise PlanError(f"Configuration {settings.name} has no previous stage; leave out the predictions in {folder}.")
+    store = Store(folder)
+    missing = [case for case in cases if not store.has(case)]
+    if missing:
+        raise PlanError(
+            f"{folder}: the predictions of {settings.previous_stage} are missing for {', '.join(missing[:5])} "
+            f"({len(missing)} of {len(cases)} cases); train and validate all of its folds."
+        )
+    return store
 
 
 def _optimise(
@@ -166,7 +190,7 @@ def _optimise(
     dice: float | None = None
     validating = 0.0
     progress = limits.progress(state.step, run.elapsed)
-    next_row = progress + 1 / HISTORY_ROWS
+    next_row = _next_row(progress)
     last_save, last_saved_progress = run.elapsed, progress
     stream = batches(samples, batch_size=run.settings.batch_size, first_step=state.step, workers=workers)
     with contextlib.closing(stream):  # type: ignore[type-var]
@@ -182,17 +206,17 @@ def _optimise(
             progress = limits.progress(state.step, run.elapsed)
 
             if progress >= next_row or progress >= 1.0:
-                next_row = progress + 1 / HISTORY_ROWS
+                next_row = _next_row(progress)
                 loss = float(torch.stack(losses).mean())
                 losses.clear()
-                _refuse_divergence(loss, run)
+                if not math.isfinite(loss):
+                    raise run.diverged(f"the loss became {loss}")
                 by_class: tuple[float | None, ...] = (None,) * len(run.plan.labels.names)
                 if validating <= VALIDATION_SHARE * run.elapsed or progress >= 1.0:
                     start = clock()
                     by_class = online(state, precision=precision)
                     validating += clock() - start
-                    seen = [value for value in by_class if value is not None]
-                    dice = float(np.mean(seen)) if seen else None
+                    dice = _mean(by_class)
                 run.history.append(Row(state.step, run.elapsed, progress, rate, loss, _mean(by_class), by_class))
             due = run.elapsed - last_save >= SAVE_SECONDS and progress - last_saved_progress >= SAVE_SHARE
             if due:
@@ -208,6 +232,11 @@ def _optimise(
     return TrainedFold(run.folder / CHECKPOINT, state.step, run.elapsed, finished=progress >= 1.0)
 
 
+def _next_row(progress: float) -> float:
+    """The progress at which the next row of the history is due: the same whether a training was resumed or not."""
+    return (math.floor(progress * HISTORY_ROWS) + 1) / HISTORY_ROWS
+
+
 def _mean(values: tuple[float | None, ...]) -> float | None:
     seen = [value for value in values if value is not None]
     return float(np.mean(seen)) if seen else None
@@ -218,19 +247,12 @@ def _limits(settings: Configuration, *, seconds: float | None, steps: int | None
     if seconds is None and steps is None:
         seconds = settings.training.seconds or None
         steps = None if seconds else settings.training.steps or None
-    if (seconds is None and steps is None) or (seconds or 1) <= 0 or (steps or 1) <= 0:
+    given = [limit for limit in (seconds, steps) if limit is not None]
+    if not given or min(given) <= 0:
         raise PlanError(
             f"Configuration {settings.name} needs a budget above zero: give --time or --steps, or plan a fold time."
         )
     return Limits(steps, seconds)
-
-
-def _refuse_divergence(loss: float, run: _Run) -> None:
-    if not np.isfinite(loss):
-        raise PlanError(
-            f"{run.folder}: the training loss became {loss} at step {run.state.step}; "
-            "look for extreme intensities with `autoseg verify`, or choose another recipe."
-        )
 
 
 class OnlineDice:
@@ -238,8 +260,11 @@ class OnlineDice:
 
     def __init__(self, samples: Samples, labels: Labels, *, device: torch.device, batch_size: int) -> None:
         self.labels, self.device = labels, device
-        size = max(1, min(batch_size, VALIDATION_PATCHES))
-        pairs = [samples[i // size, i % size] for i in range(VALIDATION_PATCHES)]
+        first = samples[0, 0]
+        bytes_each = sum(tensor.nbytes for tensor in first)
+        count = max(1, min(VALIDATION_PATCHES, VALIDATION_BYTES // bytes_each))
+        size = min(batch_size, count)
+        pairs = [first, *(samples[i // size, i % size] for i in range(1, count))]
         self.images = torch.stack([image for image, _ in pairs]).split(size)
         self.truth = torch.stack([label for _, label in pairs]).split(size)
 
@@ -324,17 +349,30 @@ class _Run:
             _restore(self.state, chosen)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: it does not fit the network of the plan; begin anew.") from error
+        if before != now and self.limits.progress(self.state.step, self.elapsed) >= 1.0:
+            raise PlanError(
+                f"{self.folder}: this training stands at step {self.state.step} after {self.elapsed:.0f} s of constant "
+                "learning rate, so the budget is spent already; ask for more --time or --steps."
+            )
         self.history.load(until_step=self.state.step)
         logger.info("%s: going on from step %d, %.0f s", self.folder, self.state.step, self.elapsed)
 
     def keep_plateau(self) -> None:
         """Remember the state at the beginning of the decay (once)."""
         if self.plateau is None:
-            self.plateau = {name: tensor.clone() for name, tensor in _tensors(self.state).items()}
+            # on the CPU: the device's memory is planned for one state only
+            self.plateau = {name: tensor.to("cpu", copy=True) for name, tensor in _tensors(self.state).items()}
             self.plateau_elapsed = self.elapsed
 
+    def diverged(self, how: str) -> PlanError:
+        """The sentence for a training that cannot go on; what was saved before stays."""
+        return PlanError(
+            f"{self.folder}: the training diverged at or before step {self.state.step} ({how}); "
+            "look for extreme intensities with `autoseg verify`, or choose another recipe."
+        )
+
     def save(self) -> None:
-        """Write what to predict with, then what to go on from."""
+        """Write what to predict with, then what to go on from. Raises PlanError where the weights are not finite."""
         network = self.state.predictor
         summary = {
             "steps": self.state.step,
@@ -343,6 +381,8 @@ class _Run:
             **{key: self.identity[key] for key in ("seed", "recipe")},
         }
         weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise self.diverged("the weights are not finite")
         Checkpoint(self.plan, self.settings.name, self.fold, weights, summary).save(self.folder / CHECKPOINT)
         tensors = {f"now/{name}": tensor for name, tensor in _tensors(self.state).items()}
         if self.plateau is not None:

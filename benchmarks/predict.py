@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
@@ -21,7 +22,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from measure import bytes_text, machine, markdown_table, measure, peer_line, seconds_text  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from autoseg.checkpoint import Checkpoint  # noqa: E402
@@ -44,14 +44,6 @@ DEFAULT_DATASET = ROOT.parent / "shared" / "data" / "Dataset004_Hippocampus"
 PATCH = (40, 56, 40)
 FEATURES = (32, 64, 128, 256)
 
-WRITE_CHECKPOINT = """
-import sys, torch
-from safetensors.torch import load_file
-state = {"network_weights": load_file(sys.argv[1]), "trainer_name": "nnUNetTrainer",
-    "init_args": {"configuration": "3d_fullres"}, "inference_allowed_mirroring_axes": (0, 1, 2)}
-torch.save(state, sys.argv[2])
-"""
-
 
 def main() -> None:
     """Write both models, predict with both, print the table."""
@@ -72,7 +64,7 @@ def main() -> None:
         (folder / "images").mkdir()
         for image in images:
             shutil.copy(image, folder / "images")
-        checkpoint = Checkpoint.load(arguments.model / CHECKPOINT) if arguments.model else random_checkpoint()
+        checkpoint = mirrored(Checkpoint.load(arguments.model / CHECKPOINT)) if arguments.model else random_checkpoint()
         rows = [measure_ours(folder, checkpoint)]
         if arguments.nnunet_python:
             rows.append(measure_peer(folder, checkpoint, arguments.nnunet_python))
@@ -101,6 +93,13 @@ def random_checkpoint() -> Checkpoint:
     return Checkpoint(plan, "3d_fullres", "0", build_network(architecture).state_dict())
 
 
+def mirrored(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model, mirrored along all three axes whatever its plan says; the plan holds nothing else."""
+    settings = checkpoint.settings
+    settings = replace(settings, training=replace(settings.training, mirror_axes=(0, 1, 2)))
+    return replace(checkpoint, plan=replace(checkpoint.plan, configurations=(settings,)))
+
+
 def measure_ours(folder: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Predict with `autoseg predict`."""
     checkpoint.save(folder / "ours" / "fold_0" / CHECKPOINT)
@@ -116,15 +115,15 @@ def measure_peer(folder: Path, checkpoint: Checkpoint, python: Path) -> tuple[st
     (model / "fold_0").mkdir(parents=True)
     (model / "dataset.json").write_text(json.dumps(peer_dataset(checkpoint.plan)))
     (model / "plans.json").write_text(json.dumps(peer_plans(checkpoint)))
-    save_file(peer_weights(checkpoint), folder / "peer.safetensors")
-    measure([python, "-c", WRITE_CHECKPOINT, folder / "peer.safetensors", model / "fold_0" / "checkpoint_final.pth"])
-    command = [
-        python.parent / "nnUNetv2_predict_from_modelfolder",
-        "-i",
-        folder / "images",
-        "-o",
-        folder / "peer_labels",
-    ]
+    state = {
+        "network_weights": peer_weights(checkpoint),
+        "trainer_name": "nnUNetTrainer",
+        "init_args": {"configuration": "3d_fullres"},
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    torch.save(state, model / "fold_0" / "checkpoint_final.pth")  # the peer reads nothing but pickles
+    tool = python.parent / "nnUNetv2_predict_from_modelfolder"
+    command = [tool, "-i", folder / "images", "-o", folder / "peer_labels"]
     variables = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), str(folder))
     peer = measure([*command, "-m", model, "-f", "0", "-device", "cpu"], environment=variables)
     agree = [

@@ -275,7 +275,9 @@ def train_fold(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights, sampling and augmentation.")] = 0,
     workers: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--workers", metavar="N", min=0, help="Processes that prepare patches. [default: by the device]"),
+        typer.Option(
+            "--workers", metavar="N", min=0, help="Processes that prepare patches. [default: by the number of cores]"
+        ),
     ] = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",

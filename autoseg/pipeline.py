@@ -242,10 +242,10 @@ def train(
         steps=steps,
         resume=resume,
         seed=seed,
+        workers=workers,
         previous=previous,
         on_step=on_step,
         stop=stop,
-        **({} if workers is None else {"workers": workers}),
     )
 
 

@@ -126,5 +126,5 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
         tensor = tensors[name]
         checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
         if tensor.numel():
-            checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+            checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
     return checksum

@@ -204,7 +204,7 @@ def _begin_worker(_: int) -> None:
 def _from_processes(samples: Samples, batch_size: int, first_step: int, workers: int) -> Iterator[Batch]:
     loader: Any = DataLoader(
         _Guarded(samples),
-        batch_sampler=_Positions(batch_size, first_step),  # type: ignore[arg-type]
+        batch_sampler=_Positions(batch_size, first_step),
         num_workers=workers,
         collate_fn=_collate_guarded,
         multiprocessing_context="spawn",

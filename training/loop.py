@@ -265,8 +265,8 @@ class OnlineDice:
         count = max(1, min(VALIDATION_PATCHES, VALIDATION_BYTES // bytes_each))
         size = min(batch_size, count)
         pairs = [first, *(samples[i // size, i % size] for i in range(1, count))]
-        self.images = torch.stack([image for image, _ in pairs]).split(size)
-        self.truth = torch.stack([label for _, label in pairs]).split(size)
+        self.images = torch.split(torch.stack([image for image, _ in pairs]), size)
+        self.truth = torch.split(torch.stack([label for _, label in pairs]), size)
 
     @torch.inference_mode()
     def __call__(self, state: TrainingState, *, precision: torch.dtype | None) -> tuple[float | None, ...]:

@@ -61,7 +61,7 @@ class DiceCrossEntropy(nn.Module):
         probabilities = logits.sigmoid()
         if not self.ignores:
             return entropy.mean() - _soft_dice(probabilities, onehot)
-        valid = label != self.ignore_value
+        valid = label.ne(self.ignore_value)  # type: ignore[arg-type]  # there is one
         counted = (valid.sum() * logits.shape[1]).clamp(min=1)
         return (entropy * valid).sum() / counted - _soft_dice(probabilities * valid, onehot * valid)
 

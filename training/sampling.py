@@ -69,7 +69,7 @@ class PatchSampler:
 
 
 def _pick(names: Sequence[str], generator: np.random.Generator) -> str:
-    return names[generator.integers(len(names))]
+    return names[int(generator.integers(len(names)))]
 
 
 def _start_within(shape: int, size: int, generator: np.random.Generator) -> int:
@@ -93,5 +93,6 @@ def read_patch(entry: StoreEntry, name: str, start: Shape, size: Shape) -> NDArr
     if part.shape[1:] == tuple(size):
         return part
     whole = np.zeros((part.shape[0], *size), part.dtype)
-    whole[(slice(None), *inside)] = part
+    every_channel = slice(None)
+    whole[every_channel, inside[0], inside[1], inside[2]] = part
     return whole

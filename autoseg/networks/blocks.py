@@ -12,6 +12,7 @@ from autoseg.plan import Shape
 LEAKY_SLOPE = 0.01  # nnU-Net's
 CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+POOLS: dict[int, type[nn.Module]] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 NORMS: dict[int, type[nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
@@ -30,9 +31,7 @@ class ConvNormAct(nn.Sequential):
 class PlainStage(nn.Sequential):
     """`convs` times ConvNormAct; the first one carries the stride."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int) -> None:
         one = (1, 1, 1)
         super().__init__(
             *(
@@ -60,8 +59,7 @@ class ResidualBlock(nn.Module):
             conv(outputs, outputs, k, 1, padding=tuple(size // 2 for size in k)),
             NORMS[dimensions](outputs, eps=1e-5, affine=True),
         )
-        pool = nn.AvgPool2d if dimensions == 2 else nn.AvgPool3d
-        shortcut: list[nn.Module] = [pool(s, s)] if max(s) > 1 else []
+        shortcut: list[nn.Module] = [POOLS[dimensions](s, s)] if max(s) > 1 else []
         if inputs != outputs:
             shortcut += [conv(inputs, outputs, 1, bias=False), NORMS[dimensions](outputs, eps=1e-5, affine=True)]
         self.shortcut = nn.Sequential(*shortcut)
@@ -76,9 +74,7 @@ class ResidualBlock(nn.Module):
 class ResidualStage(nn.Sequential):
     """`convs` residual blocks; the first one carries the stride."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int) -> None:
         one = (1, 1, 1)
         super().__init__(
             *(

@@ -370,7 +370,12 @@ def predict(
             "--max-ram", metavar="SIZE", help="Memory for one case's logits, such as 4GB; beyond it they go to disk."
         ),
     ] = None,
-    workers: WorkersOption = None,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--workers", metavar="N", min=0, help="0: one case after the other; else read and write beside it."
+        ),
+    ] = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,

@@ -412,8 +412,9 @@ def cascade(workspace: Workspace, tmp_path: Path) -> tuple[Plan, Path]:
     plan = tiny_plan(tiny_configuration(previous_stage="3d_lowres"))
     plan = replace(plan, configurations=(*plan.configurations, coarse))
     store = Store(workspace.store(plan.configurations[0].preprocessing))
-    predicted = {case: store.entry(case).read("label")[0] for case in store.cases()}
-    store_of(tmp_path / "predicted", predicted)
+    for case in store.cases():
+        label = store.entry(case).read("label")
+        Store(tmp_path / "predicted").write(case, {"label": label}, store.entry(case).geometry, {})
     return plan, tmp_path / "predicted"
 
 
@@ -431,6 +432,12 @@ def test_a_cascade_without_its_predictions_is_refused(cascade: tuple[Plan, Path]
     plan, predicted = cascade
     with pytest.raises(PlanError, match="3d_fullres needs the predictions of 3d_lowres"):
         train(plan, workspace)
+    entry = Store(predicted).entry("case_02")
+    Store(predicted).write("case_02", {"label": entry.read("label")[:, 1:]}, entry.geometry, {})
+    with pytest.raises(
+        StorageError, match=r"Case case_02: .*\(11, 16, 14\) voxels .* the image \(12, 16, 14\); delete"
+    ):
+        train(plan, workspace, previous=predicted)
     for case in ("case_01", "case_03"):
         Store(predicted).remove(case)
     with pytest.raises(PlanError, match=r"of 3d_lowres are missing for case_0\d, case_0\d \(2 of 5 cases\)"):

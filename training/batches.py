@@ -9,7 +9,7 @@ import queue
 import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autoseg.errors import AutosegError, WorkerError
+from autoseg.errors import AutosegError, StorageError, WorkerError
 from autoseg.labels import Labels
 from autoseg.plan import Configuration
-from autoseg.preprocessing.store import Store
+from autoseg.preprocessing.store import Store, StoreEntry
 from autoseg.training.augment import Augmentation, source_size
 from autoseg.training.sampling import PatchSampler, read_patch
 from autoseg.training.settings import PREFETCH_BATCHES
@@ -72,7 +72,7 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         self.patch_size = configuration.patch_size
         self.size = source_size(configuration) if augment else configuration.patch_size
         self.margin = [source // 2 - patch // 2 for source, patch in zip(self.size, self.patch_size, strict=True)]
-        self.previous = {case: previous.entry(case) for case in self.sampler.cases} if previous else None
+        self.previous = _entries_beside(self.sampler.entries, previous) if previous is not None else None
         self.augmentation = Augmentation(configuration, previous_labels=labels.values if previous is not None else ())
 
     def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -93,6 +93,19 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
             torch.from_numpy(np.ascontiguousarray(label, np.int16)),
             augment=self.augment,
         )
+
+
+def _entries_beside(entries: Mapping[str, StoreEntry], previous: Store) -> dict[str, StoreEntry]:
+    """The previous stage's entries of the same cases. Raises StorageError where one lies on another grid."""
+    found = {case: previous.entry(case) for case in entries}
+    for case, entry in found.items():
+        shape, expected = entry.arrays["label"].shape[1:], entries[case].shape
+        if shape != expected:
+            raise StorageError(
+                f"Case {case}: the previous stage's prediction in {previous.folder} has {shape} voxels (z, y, x), the "
+                f"image {expected}; delete that folder to have it made anew."
+            )
+    return found
 
 
 def _seed_everything(seed: int) -> None:

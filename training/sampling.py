@@ -85,7 +85,7 @@ def _clip_start(start: int, shape: int, size: int) -> int:
 def read_patch(entry: StoreEntry, name: str, start: Shape, size: Shape) -> NDArray[np.generic]:
     """The array `name` of a case in a box that may reach outside (zeros there): (C, *size)."""
     box, inside = [], []
-    for first, length, shape in zip(start, size, entry.shape, strict=True):
+    for first, length, shape in zip(start, size, entry.arrays[name].shape[1:], strict=True):
         low, high = max(first, 0), min(first + length, shape)
         box.append(slice(low, high))
         inside.append(slice(low - first, high - first))

@@ -5,6 +5,7 @@ Only typer is imported up here, so that `--help` answers at once; every command 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
@@ -497,4 +498,15 @@ def _complain(screen: Screen, sentences: tuple[str, ...], *, nothing: bool = Fal
 
 def main() -> None:
     """The console script."""
-    app(prog_name="autoseg")
+    try:
+        app(prog_name="autoseg")
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else DONE)
+
+
+def _leave(status: int) -> None:
+    """End the process without taking torch apart, which lasts most of a second; files are closed and whole by now."""
+    atexit._run_exitfuncs()  # the workers' end among them
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

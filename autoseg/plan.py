@@ -46,7 +46,7 @@ class Normalization:
     """How one channel's intensities are normalised; see `autoseg.preprocessing.normalize`."""
 
     scheme: str
-    """Key of NORMALIZERS: ct, zscore, masked_zscore, none, rescale, rgb; a "n4+" before it corrects the bias field first."""
+    """Key of NORMALIZERS: ct, zscore, masked_zscore, none, rescale, rgb; "n4+" before it corrects the bias field."""
     mean: float = 0.0
     """Mean of the dataset's foreground intensities (used by ct)."""
     std: float = 1.0
@@ -96,7 +96,7 @@ class Architecture:
     encoder_convs: tuple[int, ...]
     """Convolutions of each encoder stage."""
     decoder_convs: tuple[int, ...]
-    """Convolutions of each decoder stage, from the one below the bottleneck... to full resolution (one fewer than stages)."""
+    """Convolutions of each decoder stage, from the coarsest to full resolution (one fewer than stages)."""
     block: str = "plain"
     """Key of `networks.blocks.BLOCKS`."""
     deep_supervision: bool = True

@@ -1,6 +1,7 @@
 """What every benchmark shares: the machine in one line, a command's seconds and peak memory, a markdown table.
 
-Memory is summed over the process and all its descendants, sampled every 50 ms (less often where that would cost time). On Linux it is PSS (shared pages are
+Memory is summed over the process and all its descendants, sampled every 50 ms (less often where
+that would cost time). On Linux it is PSS (shared pages are
 divided among those that share them, so nothing is counted twice), elsewhere RSS; the measurement says which.
 Needs psutil: `pip install -c constraints.txt '.[benchmarks]'`.
 """

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -25,6 +27,12 @@ Shape = tuple[int, int, int]
 
 KINDS = ("fixed", "rule", "empirical")
 TOPOLOGIES = ("2d", "3d")
+# keys of the stages' dicts, which the core does not import; a test holds them together
+BLOCKS = ("plain", "residual")
+RECIPES = ("adamw", "sgd")
+SCHEMES = ("ct", "zscore", "masked_zscore", "none", "rescale", "rgb")
+BIAS_CORRECTION = "n4+"  # before a scheme's name: the bias field is corrected first
+HIGHEST_ORDER = 5  # of the splines that scipy has
 
 
 @dataclass(frozen=True)
@@ -243,17 +251,27 @@ class Plan:
 
 def check_plan(plan: Plan, *, where: str) -> None:
     """Refuse what cannot be built or trained. Raises PlanError naming the configuration and the value."""
+    names = [configuration.name for configuration in plan.configurations]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if not names or twice:
+        raise PlanError(f"{where}: " + (f"two configurations are named '{twice}'." if twice else "no configuration."))
+    for decision in plan.decisions:
+        if decision.kind not in KINDS:
+            raise PlanError(f"{where}: decision {decision.name}: {unknown_choice('kind', decision.kind, KINDS)}")
     for configuration in plan.configurations:
-        problem = _problem(configuration, plan)
+        checks = (_network_problem, _preprocessing_problem, _training_problem)
+        problem = next((found for check in checks if (found := check(configuration, plan))), None)
         if problem:
-            raise PlanError(f"{where}: configuration {configuration.name}: {problem}.")
+            raise PlanError(f"{where}: configuration {configuration.name}: {problem.rstrip('.')}.")
 
 
-def _problem(c: Configuration, plan: Plan) -> str | None:
+def _network_problem(c: Configuration, plan: Plan) -> str | None:
     a = c.architecture
     stages = len(a.features)
     if c.topology not in TOPOLOGIES:
-        return unknown_choice("topology", c.topology, TOPOLOGIES).rstrip(".")
+        return unknown_choice("topology", c.topology, TOPOLOGIES)
+    if a.block not in BLOCKS:
+        return unknown_choice("block", a.block, BLOCKS)
     if stages < 1 or any(len(v) != stages for v in (a.strides, a.kernels, a.encoder_convs)):
         return (
             f"features, strides, kernels and encoder_convs must have one entry a stage, "
@@ -269,25 +287,55 @@ def _problem(c: Configuration, plan: Plan) -> str | None:
         return f"kernels must be odd, got {list(a.kernels)}"
     if min(c.patch_size) < 1 or any(p % d for p, d in zip(c.patch_size, a.divisor, strict=True)):
         return f"patch_size {list(c.patch_size)} must be divisible by {list(a.divisor)}, the product of the strides"
+    if c.patch_size == a.divisor:
+        return f"patch_size {list(c.patch_size)} leaves one voxel after {stages} stages, which cannot be normalised"
     if c.topology == "2d" and (c.patch_size[0] != 1 or any(kernel[0] != 1 for kernel in a.kernels)):
         return f"a 2d configuration needs patch_size and kernels of 1 along z, got patch {list(c.patch_size)}"
     if c.batch_size < 1:
         return f"batch_size must be at least 1, got {c.batch_size}"
-    if len(c.preprocessing.normalization) != len(plan.channels):
-        return f"normalization needs one entry for each of the {len(plan.channels)} channels"
-    if sorted(c.preprocessing.axis_order) != [0, 1, 2]:
-        return f"axis_order must be a permutation of [0, 1, 2], got {list(c.preprocessing.axis_order)}"
-    if any(s is not None and not s > 0 for s in c.preprocessing.spacing):
-        return f"spacing must be positive, got {list(c.preprocessing.spacing)}"
     if a.output_channels != plan.labels.output_channels:
         return f"output_channels must be {plan.labels.output_channels} for these labels, got {a.output_channels}"
     expected = len(plan.channels) + (len(plan.labels.names) if c.previous_stage else 0)
     if a.input_channels != expected:
         return f"input_channels must be {expected}, got {a.input_channels}"
-    if c.previous_stage and c.previous_stage not in [other.name for other in plan.configurations]:
+    if (c.sr_scale, c.context_slices, c.view_axis) != ((1.0, 1.0, 1.0), 1, 0):
+        return "sr_scale, context_slices and view_axis are reserved and must be [1, 1, 1], 1 and 0"
+    return None
+
+
+def _preprocessing_problem(c: Configuration, plan: Plan) -> str | None:
+    if len(c.preprocessing.normalization) != len(plan.channels):
+        return f"normalization needs one entry for each of the {len(plan.channels)} channels"
+    if sorted(c.preprocessing.axis_order) != [0, 1, 2]:
+        return f"axis_order must be a permutation of [0, 1, 2], got {list(c.preprocessing.axis_order)}"
+    if any(s is not None and not 0 < s < math.inf for s in c.preprocessing.spacing):
+        return f"spacing must be positive, got {list(c.preprocessing.spacing)}"
+    if not 0 <= c.preprocessing.image_order <= HIGHEST_ORDER:
+        return f"image_order must be from 0 to {HIGHEST_ORDER}, got {c.preprocessing.image_order}"
+    for n in c.preprocessing.normalization:
+        if n.scheme.removeprefix(BIAS_CORRECTION) not in SCHEMES:
+            return unknown_choice("normalization scheme", n.scheme, SCHEMES)
+        if not all(map(math.isfinite, (n.mean, n.std, n.lower, n.upper))) or n.std < 0 or n.lower > n.upper:
+            return f"normalization needs finite numbers with std from 0 and lower up to upper, got {to_json(n)}"
+    return None
+
+
+def _training_problem(c: Configuration, plan: Plan) -> str | None:
+    t = c.training
+    if t.recipe not in RECIPES:
+        return unknown_choice("recipe", t.recipe, RECIPES)
+    if t.steps < 0 or not 0 <= t.seconds < math.inf:
+        return f"steps and seconds must not be negative, got {t.steps} and {t.seconds}"
+    for name, axes in (("mirror_axes", t.mirror_axes), ("low_resolution_axes", t.low_resolution_axes)):
+        if not set(axes) <= {0, 1, 2} or len(set(axes)) < len(axes):
+            return f"{name} must be among 0, 1, 2, each once, got {list(axes)}"
+    if not re.fullmatch(r"\w[\w.-]*", c.name):
+        return "the name is that of a folder too: letters, digits, '_', '-' and '.', the first a letter or digit"
+    before = next((other for other in plan.configurations if other.name == c.previous_stage), None)
+    if c.previous_stage and before is None:
         return f"previous_stage '{c.previous_stage}' is not a configuration of this plan"
-    if not set(c.training.mirror_axes) <= {0, 1, 2}:
-        return f"mirror_axes must be among 0, 1, 2, got {list(c.training.mirror_axes)}"
+    if before is not None and before.previous_stage:
+        return f"previous_stage '{before.name}' has a previous stage itself; a cascade has two stages"
     return None
 
 

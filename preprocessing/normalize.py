@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from autoseg.errors import PlanError, unknown_choice
 from autoseg.image import Triple
-from autoseg.plan import Normalization
+from autoseg.plan import BIAS_CORRECTION, Normalization
 
 Volume = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-BIAS_CORRECTION = "n4+"  # before a scheme's name: the bias field is corrected first
 SMALLEST_SPREAD = 1e-8  # below it a channel counts as constant and is only shifted, never divided by almost nothing
 N4_VOXELS = 128**3  # the bias field is smooth: it is fitted on about this many voxels at most
 RGB_MAXIMUM = 255.0

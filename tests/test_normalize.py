@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from autoseg.errors import PlanError
-from autoseg.plan import Normalization
-from autoseg.preprocessing.normalize import BIAS_CORRECTION, NORMALIZERS, normalize
+from autoseg.plan import BIAS_CORRECTION, Normalization
+from autoseg.preprocessing.normalize import NORMALIZERS, normalize
 
 SPACING = (2.0, 1.0, 1.0)
 SCHEMES = [*NORMALIZERS, BIAS_CORRECTION + "zscore"]  # the correction stands before any scheme alike

@@ -7,7 +7,7 @@ import pytest
 from small_models import small_plan
 
 from autoseg.errors import PlanError
-from autoseg.plan import Decision, Forecast, Plan, to_json
+from autoseg.plan import BLOCKS, RECIPES, SCHEMES, Decision, Forecast, Plan, to_json
 
 
 @pytest.fixture
@@ -84,6 +84,20 @@ EDITS = [
     (("architecture", "output_channels"), 7, "output_channels must be 3"),
     (("architecture", "input_channels"), 2, "input_channels must be 1"),
     (("training", "mirror_axes"), [3], "mirror_axes"),
+    (("training", "mirror_axes"), [1, 1], "mirror_axes .* each once"),
+    (("training", "low_resolution_axes"), [3], "low_resolution_axes"),
+    (("training", "recipe"), "adam", "recipe 'adam' .* 'adamw'"),
+    (("training", "steps"), -1, "steps"),
+    (("training", "seconds"), -1, "seconds"),
+    (("patch_size",), [2, 2, 2], "leaves one voxel"),
+    (("architecture", "block"), "residul", "block 'residul' .* 'residual'"),
+    (("preprocessing", "image_order"), 6, "image_order must be from 0 to 5"),
+    (("preprocessing", "normalization"), [{"scheme": "n4+zscor"}], "scheme 'n4\\+zscor'"),
+    (("preprocessing", "normalization"), [{"scheme": "ct", "std": -1.0}], "std"),
+    (("preprocessing", "normalization"), [{"scheme": "ct", "lower": 2.0, "upper": 1.0}], "lower"),
+    (("sr_scale",), [2.0, 1.0, 1.0], "reserved"),
+    (("context_slices",), 3, "reserved"),
+    (("name",), "../3d_fullres", "folder"),
 ]
 
 
@@ -101,6 +115,28 @@ def test_a_cascade_on_a_stage_that_is_not_planned_is_refused(content):
     content["configurations"][2]["previous_stage"] = "3d_lowest"
     with pytest.raises(PlanError, match="previous_stage '3d_lowest'"):
         Plan.from_json(content, where="plan.json")
+
+
+def test_a_cascade_on_a_cascade_two_configurations_of_one_name_and_none_at_all_are_refused(content):
+    for change, sentence in (
+        ({"previous_stage": "3d_cascade"}, "has a previous stage itself"),
+        ({"name": "3d_fullres"}, "two configurations are named '3d_fullres'"),
+    ):
+        edited = [*content["configurations"][:2], {**content["configurations"][2], **change}]
+        with pytest.raises(PlanError, match=sentence):
+            Plan.from_json({**content, "configurations": edited}, where="plan.json")
+    with pytest.raises(PlanError, match="no configuration"):
+        Plan.from_json({**content, "configurations": []}, where="plan.json")
+
+
+def test_the_names_that_a_plan_may_hold_are_those_that_the_stages_know():
+    from autoseg.networks import blocks
+    from autoseg.preprocessing import normalize
+    from autoseg.training import settings
+
+    assert sorted(BLOCKS) == sorted(blocks.BLOCKS)
+    assert sorted(RECIPES) == sorted(settings.RECIPES)
+    assert sorted(SCHEMES) == sorted(normalize.NORMALIZERS)
 
 
 def test_a_missing_key_is_named(content):

@@ -83,8 +83,8 @@ def test_in_eval_mode_only_the_finest_scale_is_answered() -> None:
 
 
 def test_a_2d_network_sees_each_slice_alone() -> None:
-    network = build_network(architecture(flat=True)).eval()
-    volume = torch.randn(2, 1, 5, 8, 8)
+    network = build_network(architecture(inputs=2, flat=True)).eval()
+    volume = torch.randn(2, 2, 5, 8, 8)
     with torch.inference_mode():
         together = network(volume)[0]
         alone = torch.cat([network(volume[:, :, z : z + 1])[0] for z in range(5)], dim=2)

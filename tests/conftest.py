@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# one thread a process: small tensors gain nothing from more, and the tests start many processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import json
 from collections.abc import Callable
 from pathlib import Path

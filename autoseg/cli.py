@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from autoseg.screen import Screen
 
 DONE, SOME_FAILED, REFUSED, BUG = 0, 1, 2, 70
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # as torch says it, in RuntimeErrors
 SCREEN: ContextVar[Screen] = ContextVar("screen")  # of the command that runs, made from its -v and --quiet
 
 app = typer.Typer(
@@ -94,6 +96,9 @@ def _status(run: Callable[[], int], screen: Screen) -> int:
     except OSError as error:
         return screen.refuse(str(storage_error(Path(error.filename or "?"), error)), REFUSED)
     except Exception as error:
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+            detail = str(error).splitlines()[0]
+            return screen.refuse(f"Not enough memory ({detail}); plan with a smaller --gpu-memory.", REFUSED)
         return screen.refuse(
             f"This should not happen, please report it: {type(error).__name__}: {error} (-vv shows where).", BUG
         )
@@ -266,7 +271,11 @@ def train_fold(
     fold: Annotated[str, typer.Argument(help="0 to 4, or all: every case trains.", metavar="FOLD")],
     time: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--time", metavar="TIME", help="Train this long, such as 30m or 2h. [default: the plan's]"),
+        typer.Option(
+            "--time",
+            metavar="TIME",
+            help="Train this long, such as 30m or 2h. [default: the plan's; with --continue, as before]",
+        ),
     ] = None,
     steps: Annotated[
         Optional[int],  # noqa: UP045
@@ -411,7 +420,8 @@ def predict(
     with screen.named_cases("predicting") as progress:
         outcome = predict_files(loaded, input, output, options=options, progress=progress)
     skipped = f", {len(outcome.skipped)} were there already" if outcome.skipped else ""
-    screen.say(f"{len(outcome.done)} cases predicted to {output}{skipped}.")
+    cases = "1 case" if len(outcome.done) == 1 else f"{len(outcome.done)} cases"
+    screen.say(f"{cases} predicted to {output}{skipped}.")
     return _complain(screen, tuple(outcome.failed.values()), nothing=not (outcome.done or outcome.skipped))
 
 

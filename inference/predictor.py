@@ -206,7 +206,8 @@ def _mirror_axes(configuration: Configuration, settings: PredictionSettings) -> 
 def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] = ()) -> Model:
     """The model at `path`: one fold's folder, `models/CONFIGURATION` with its finished folds, or an exported folder.
 
-    `folds` keeps only the named ones ("0", "all"); by default all finished ones are averaged. The previous stage of a
+    `folds` keeps only the named ones ("0", "all"); by default all finished ones are averaged, and one whose training
+    was stopped or still runs is left out, unless there is no other. The previous stage of a
     cascade is loaded from the folder beside, `models/<previous stage>`. Raises CheckpointError where there is no
     sound model, or its folds are of different plans.
     """
@@ -215,6 +216,8 @@ def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] =
     if folds:
         files = _chosen_folds(files, folds, where)
     checkpoints = [Checkpoint.load(file) for file in files]
+    if not folds:
+        files, checkpoints = _finished(files, checkpoints)
     first = checkpoints[0]
     for checkpoint, file in zip(checkpoints[1:], files[1:], strict=True):
         if (checkpoint.plan.id, checkpoint.configuration) != (first.plan.id, first.configuration):
@@ -277,6 +280,16 @@ def _exported_configuration(path: Path) -> tuple[Path, list[Path]]:
             f"give one of their folders, such as {last[0]}."
         )
     return _checkpoint_files(last[0])
+
+
+def _finished(files: list[Path], checkpoints: list[Checkpoint]) -> tuple[list[Path], list[Checkpoint]]:
+    """Without the folds whose training is not at its end; all of them where none is."""
+    finished = [i for i, checkpoint in enumerate(checkpoints) if checkpoint.summary.get("finished", True)]
+    for i in sorted(set(range(len(files))) - set(finished)):
+        what = "it is left out" if finished else "it is used as it stands"
+        log.warning("%s: the training of this fold is not finished; %s.", files[i].parent, what)
+    kept = finished or range(len(files))
+    return [files[i] for i in kept], [checkpoints[i] for i in kept]
 
 
 def _chosen_folds(files: Sequence[Path], folds: Sequence[str], where: Path) -> list[Path]:

@@ -73,12 +73,12 @@ def small_plan(
     )
 
 
-def save_fold(plan: Plan, models: Path, configuration: str, fold: str, *, seed: int = 0) -> Path:
+def save_fold(plan: Plan, models: Path, configuration: str, fold: str, *, seed: int = 0, finished: bool = True) -> Path:
     """A fold with random weights under `models`; returns its folder."""
     torch.manual_seed(seed)
     network = build_network(plan.configuration(configuration).architecture)
     folder = models / configuration / f"fold_{fold}"
-    Checkpoint(plan, configuration, fold, network.state_dict()).save(folder / CHECKPOINT)
+    Checkpoint(plan, configuration, fold, network.state_dict(), {"finished": finished}).save(folder / CHECKPOINT)
     return folder
 
 

@@ -246,6 +246,12 @@ def test_a_longer_budget_before_the_decay_goes_on_from_where_it_stands(plan: Pla
     assert steps == list(range(PLATEAU, 2 * STEPS + 1))
 
 
+def test_a_training_that_goes_on_keeps_its_budget_where_none_is_given(plan: Plan, workspace: Workspace) -> None:
+    train(plan, workspace, steps=2 * STEPS, stop=stop_after(3))
+    assert train(plan, workspace, steps=None, resume=True).steps == 2 * STEPS
+    assert plan.configurations[0].training.steps != 2 * STEPS
+
+
 # ---- budgets
 
 
@@ -354,13 +360,14 @@ def test_a_damaged_state_is_refused_and_the_model_stays(plan: Plan, workspace: W
     Checkpoint.load(trained.checkpoint)
 
 
-def test_unknown_recipes_folds_and_negative_seeds_are_refused(plan: Plan, workspace: Workspace) -> None:
+def test_unknown_recipes_folds_and_impossible_seeds_are_refused(plan: Plan, workspace: Workspace) -> None:
     with pytest.raises(PlanError, match="Recipe 'adam' is not known; choose one of .*Did you mean 'adamw'"):
         train(plan, workspace, recipe="adam")
     with pytest.raises(PlanError, match="Fold '9' is not there; choose one of 0 to 4, or all"):
         train(plan, workspace, fold="9")
-    with pytest.raises(PlanError, match="seed must be 0 or more, got -1"):
-        train(plan, workspace, seed=-1)
+    for seed in (-1, 2**63):
+        with pytest.raises(PlanError, match=f"seed must be 0 or more.*got {seed}"):
+            train(plan, workspace, seed=seed)
     assert not (workspace.root / "models").exists()
 
 

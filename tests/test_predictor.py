@@ -164,6 +164,16 @@ def test_every_folder_that_holds_a_model_is_understood(tmp_path):
         assert np.array_equal(autoseg.load_model(path, device="cpu").predict(image).array, expected)
 
 
+def test_a_fold_whose_training_is_not_finished_is_left_out_unless_it_is_asked_for_or_alone(tmp_path):
+    save_fold(small_plan(), tmp_path, "3d_fullres", "0", finished=False)
+    alone = load_model(tmp_path / "3d_fullres", "cpu")
+    save_fold(small_plan(), tmp_path, "3d_fullres", "1")
+    assert alone.folds == ("0",)
+    assert load_model(tmp_path / "3d_fullres", "cpu").folds == ("1",)
+    assert load_model(tmp_path / "3d_fullres", "cpu", folds=["0", "1"]).folds == ("0", "1")
+    assert load_model(tmp_path / "3d_fullres" / "fold_0", "cpu").folds == ("0",)
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such model"):
         load_model(tmp_path / "nowhere", "cpu")

@@ -42,6 +42,7 @@ from autoseg.workspace import CHECKPOINT, CURVE, HISTORY, RESUME, Workspace
 logger = logging.getLogger(__name__)
 
 RESUME_FORMAT = "autoseg training 1"
+MOST_SEEDS = 2**63  # torch takes no larger one
 VALIDATION_SEED = 1  # added to the seed for the held-out patches of the online Dice
 
 
@@ -106,7 +107,9 @@ def train_fold(
     on_step: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrainedFold:
-    """Train one fold within `seconds` and/or `steps` (default: what the plan says) and write its folder.
+    """Train one fold within `seconds` and/or `steps` and write its folder.
+
+    Without either, the plan says how long or, with `resume`, the budget of the earlier run holds.
 
     `previous` is a store with the previous stage's labels (cascade). `stop` is asked after each step; when it says
     yes the training ends with a valid checkpoint and can be resumed. `resume` goes on where an earlier run stopped.
@@ -120,8 +123,8 @@ def train_fold(
     recipe_name = recipe or settings.training.recipe
     if recipe_name not in RECIPES:
         raise PlanError(unknown_choice("Recipe", recipe_name, RECIPES))
-    if seed < 0:
-        raise PlanError(f"The seed must be 0 or more, got {seed}.")
+    if not 0 <= seed < MOST_SEEDS:
+        raise PlanError(f"The seed must be 0 or more and below 2 to the power of 63, got {seed}.")
 
     store = Store(workspace.store(settings.preprocessing))
     cases = store.cases()
@@ -140,7 +143,7 @@ def train_fold(
     identity = {"plan": plan.id, "configuration": configuration, "fold": fold, "seed": seed, "recipe": recipe_name}
     identity["cases"] = hashlib.sha256("\n".join(split.train).encode()).hexdigest()[:12]
     run = _Run(plan, settings, fold, folder, limits, state, identity)
-    run.begin(resume=resume)
+    run.begin(resume=resume, same_limits=seconds is None and steps is None)
     online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size)
     return _optimise(
         run,
@@ -317,8 +320,11 @@ class _Run:
     def __post_init__(self) -> None:
         self.history = History(self.folder / HISTORY, self.plan.labels.names)
 
-    def begin(self, *, resume: bool) -> None:
-        """Start afresh, or take up `resume.safetensors`. Raises where that is not what the user asked for."""
+    def begin(self, *, resume: bool, same_limits: bool = False) -> None:
+        """Start afresh, or take up `resume.safetensors`, with `same_limits` its budget too.
+
+        Raises PlanError or CheckpointError where that is not what the user asked for.
+        """
         path = self.folder / RESUME
         if path.exists() and not resume:
             raise PlanError(
@@ -336,7 +342,10 @@ class _Run:
                     f"{path}: this training had {key} {header.get(key)}, now it is {value}; "
                     "continue with the same, or delete the folder to begin anew."
                 )
-        before, now = header["limits"], {"steps": self.limits.steps, "seconds": self.limits.seconds}
+        before = header["limits"]
+        if same_limits:
+            self.limits = Limits(before["steps"], before["seconds"])
+        now = {"steps": self.limits.steps, "seconds": self.limits.seconds}
         prefix, self.elapsed = "now/", float(header["elapsed"])
         decaying = any(name.startswith("plateau/") for name in tensors)
         if decaying and before != now:  # another budget: go on from before the decay

@@ -1,4 +1,4 @@
-"""Where and in which precision networks run: device names, bf16 support, thread counts."""
+"""Where and in which precision networks run: device names, bf16 support."""
 
 from __future__ import annotations
 
@@ -39,8 +39,3 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def _cpu_has_bf16() -> bool:
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch offers no public name for it
     return bool(probe and probe())
-
-
-def limit_threads(count: int) -> None:
-    """Let torch compute with `count` threads in this process."""
-    torch.set_num_threads(max(1, count))

@@ -132,14 +132,6 @@ def voxels_to_world(grid: Grid, voxels: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(np.asarray(grid.origin) + np.asarray(voxels, dtype=float) @ steps.T, dtype=np.float64)
 
 
-def world_to_voxels(grid: Grid, points: NDArray[Any]) -> NDArray[np.float64]:
-    """Voxel positions (N, 3), fractions included, of world coordinates (N, 3) in mm, (z, y, x)."""
-    steps = np.asarray(grid.direction) * np.asarray(grid.spacing)
-    return np.asarray(
-        np.linalg.solve(steps, (np.asarray(points, dtype=float) - np.asarray(grid.origin)).T).T, dtype=np.float64
-    )
-
-
 def corner_distance(grid: Grid, other: Grid) -> float:
     """How far apart corresponding corner voxels of two grids of equal shape lie, in voxels of `grid`; the largest.
 
@@ -175,15 +167,6 @@ def nonzero_box(array: NDArray[Any]) -> Box:
     if not line.any():
         return whole_box(shape)
     return (_side(line), _side(np.any(plane, axis=1)), _side(np.any(plane, axis=0)))
-
-
-def grow_box(box: Box, margin: Sequence[int], shape: Sequence[int]) -> Box:
-    """`box` with `margin` voxels (z, y, x) more on both sides, as far as an array of `shape` reaches."""
-    z, y, x = (
-        slice(max(0, side.start - m), min(size, side.stop + m))
-        for side, m, size in zip(box, margin, shape, strict=True)
-    )
-    return (z, y, x)
 
 
 def _flipped_axes(flips: Flips) -> tuple[int, ...]:

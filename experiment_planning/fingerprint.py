@@ -28,7 +28,6 @@ from autoseg.labels import Labels
 from autoseg.plan import Shape, Vector, from_json, to_json
 
 FINGERPRINT_VERSION = 1
-LEFT_RIGHT_AXIS = 2  # x of a canonical array runs from right to left
 INTENSITY_SEED = 1234  # of the voxels drawn for the statistics
 CASE_SAMPLES = 10_000  # foreground voxels drawn from a case for a channel; as nnU-Net, equally many from every case
 CLASS_SAMPLES = 1_000  # voxels drawn from a class of a case for a channel

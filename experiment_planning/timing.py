@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -65,8 +65,3 @@ def _smaller_patch(patch: Shape, divisor: Shape) -> Shape:
             break
         size[axis] = size[axis] // (2 * divisor[axis]) * divisor[axis]
     return size[0], size[1], size[2]
-
-
-def with_width(architecture: Architecture, features: tuple[int, ...]) -> Architecture:
-    """The same architecture with other feature numbers."""
-    return replace(architecture, features=features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autoseg.device import autocast_dtype, limit_threads, resolve_device
+from autoseg.device import autocast_dtype, resolve_device
 from autoseg.errors import PlanError
 
 
@@ -35,14 +35,3 @@ def test_without_a_gpu_cuda_is_refused() -> None:
 def test_half_precision_is_bfloat16_or_nothing() -> None:
     assert autocast_dtype(torch.device("cpu")) in (torch.bfloat16, None)
     assert autocast_dtype(torch.device("meta")) is None
-
-
-def test_threads_are_limited_and_never_below_one() -> None:
-    before = torch.get_num_threads()
-    try:
-        limit_threads(0)
-        assert torch.get_num_threads() == 1
-        limit_threads(2)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from autoseg.geometry import (
-    box_shape,
     canonical_axes,
     corner_distance,
     crop_grid,
     flip_grid,
-    grow_box,
     inverse_permutation,
     nonzero_box,
     orientation_code,
@@ -29,7 +27,6 @@ from autoseg.geometry import (
     turn_grid,
     voxels_to_world,
     whole_box,
-    world_to_voxels,
 )
 from autoseg.image import Grid
 
@@ -136,12 +133,6 @@ def test_a_resampled_grid_covers_the_same_extent(grid: Grid, shape: tuple) -> No
     assert corner_distance(grid, resample_grid(resampled, grid.shape)) < 1e-6
 
 
-@given(grids(), st.lists(st.tuples(*[st.floats(-20, 20)] * 3), min_size=1, max_size=5))
-def test_world_to_voxels_undoes_voxels_to_world(grid: Grid, points: list) -> None:
-    there = voxels_to_world(grid, np.array(points))
-    np.testing.assert_allclose(world_to_voxels(grid, there), points, atol=1e-6)
-
-
 def test_shape_at_spacing_keeps_the_extent_and_at_least_one_voxel() -> None:
     grid = Grid((10, 100, 4), (5.0, 0.5, 1.0))
     assert shape_at_spacing(grid, (2.5, 1.0, 1.0)) == (20, 50, 4)
@@ -171,9 +162,3 @@ def test_the_nonzero_box_holds_all_and_cannot_be_smaller(seed: int, shape: tuple
     for axis in range(3):
         inside = np.moveaxis(occupied[box], axis, 0)
         assert inside[0].any() and inside[-1].any()
-
-
-def test_a_box_grows_as_far_as_the_image_reaches() -> None:
-    box = grow_box((slice(1, 3), slice(5, 6), slice(0, 4)), (2, 1, 3), (10, 6, 5))
-    assert box == (slice(0, 5), slice(4, 6), slice(0, 5))
-    assert box_shape(box) == (5, 2, 5)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from autoseg.demo import write_synthetic_dataset
-from autoseg.image import read_grid, read_image
+from autoseg.image import read_grid, read_image, write_image
 
 pytestmark = pytest.mark.slow
 
@@ -170,3 +170,38 @@ def test_two_dimensional_images_go_all_the_way(tiny_dataset: Callable[..., Path]
     autoseg("predict", root / "imagesTr", tmp_path / "out", "--model", model)
     assert read_image(tmp_path / "out" / "case_00.png").shape == (1, 48, 40)
     assert "ball" in autoseg("evaluate", tmp_path / "out", root / "labelsTr")
+
+
+def test_a_cascade_with_regions_and_an_ignore_label_goes_all_the_way(
+    tiny_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = tiny_dataset(cases=4, shape=(8, 24, 24))
+    description = json.loads((root / "dataset.json").read_text())
+    description["labels"] = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    (root / "dataset.json").write_text(json.dumps({**description, "regions_class_order": [1, 2]}))
+    for path in sorted((root / "labelsTr").iterdir()):
+        label = read_image(path)
+        label.array[:, :2] = 3  # nobody annotated the first two slices
+        write_image(label, path)
+    cases = [f"case_{number:02d}" for number in range(4)]
+    place = tmp_path / "autoseg_workspace" / root.name
+    place.mkdir(parents=True)
+    folds = [{"train": cases[:2], "val": cases[2:]}, {"train": cases[2:], "val": cases[:2]}]
+    (place / "folds.json").write_text(json.dumps(folds))  # nnU-Net's splits_final.json has this form
+
+    said = autoseg("plan-and-preprocess", root, "--configurations", "3d_cascade", "--fold-time", "1m", "--workers", 0)
+    assert "3d_lowres" in said and "3d_cascade" in said
+    for fold in (0, 1):
+        assert "core" in autoseg("train-fold", root, "3d_lowres", fold, "--steps", 2, "--workers", 0)
+    assert "core" in autoseg("train-fold", root, "3d_cascade", 0, "--steps", 2, "--workers", 0)
+    summary = json.loads((place / "models" / "3d_cascade" / "fold_0" / "validation" / "summary.json").read_text())
+    assert sorted(summary["cases"]) == cases[2:] and set(summary["by_class"]) == {"whole", "core"}
+
+    model = place / "models" / "3d_cascade"
+    autoseg("predict", root / "imagesTr", tmp_path / "out", "--model", model, "--probabilities", "--part", "1/2")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == ["case_00.nii.gz", "case_02.nii.gz"]
+    answer = read_image(tmp_path / "out" / "case_00.nii.gz")
+    assert answer.shape == (8, 24, 24) and set(np.unique(answer.array)) <= {0, 1, 2}
+    core = read_image(tmp_path / "out" / "case_00_probabilities" / "1_core.nii.gz")
+    assert core.grid.shape == answer.shape and 0 <= core.array.min() <= core.array.max() <= 1
+    np.testing.assert_array_equal(answer.array == 2, core.array > 0.5)

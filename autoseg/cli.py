@@ -9,6 +9,7 @@ import atexit
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -516,6 +517,7 @@ def main() -> None:
 
 def _leave(status: int) -> None:
     """End the process without taking torch apart, which lasts most of a second; files are closed and whole by now."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: Ctrl-C would only break the tidying up
     atexit._run_exitfuncs()  # the workers' end among them
     sys.stdout.flush()
     sys.stderr.flush()

@@ -287,7 +287,10 @@ def _without_problems(
 def _all_problems(listing: Listing) -> str:
     named = [f"case {identifier}: {', '.join(found)}" for identifier, found in listing.problems.items()]
     count = "1 case is" if len(named) == 1 else f"{len(named)} cases are"
-    return f"{listing.dataset.root}: {count} incomplete ({'; '.join(named)}); add the files or remove the cases."
+    return (
+        f"{listing.dataset.root}: {count} incomplete ({'; '.join(named)}); add the files, or plan without these cases "
+        "with --drop-cases."
+    )
 
 
 # ---- voxels of one case

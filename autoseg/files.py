@@ -43,6 +43,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         return StorageError(f"{path}: the disk is full; free some space or choose another --workspace.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError(f"{path}: no permission to write here; choose another --workspace or output folder.")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return StorageError(f"{path}: cannot be written, a file is where a folder is needed; choose another folder.")
     return StorageError(f"{path}: cannot be written ({error.strerror or error}).")
 
 
@@ -57,20 +59,23 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, *, error: Callable[[str], AutosegError], what: str) -> Any:
+def read_json(path: Path, *, error: Callable[[str], AutosegError], what: str, remedy: str = "") -> Any:
     """The content of a JSON file; `error` (a class of AutosegError) is raised, naming `what` and the position.
+
+    `remedy` says what to do about a damaged file.
 
     >>> read_json(Path("plan.json"), error=PlanError, what="plan")
     """
+    end = f"; {remedy}." if remedy else "."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as missing:
         raise error(f"{path}: there is no such {what}.") from missing
     except json.JSONDecodeError as broken:
         raise error(
-            f"{path}: the {what} is not valid JSON (line {broken.lineno}, column {broken.colno}: {broken.msg})."
+            f"{path}: the {what} is not valid JSON (line {broken.lineno}, column {broken.colno}: {broken.msg}){end}"
         ) from broken
     except UnicodeDecodeError as broken:
-        raise error(f"{path}: the {what} is not a text file.") from broken
+        raise error(f"{path}: the {what} is not a text file{end}") from broken
     except OSError as unreadable:
         raise error(f"{path}: the {what} cannot be read ({unreadable.strerror}).") from unreadable

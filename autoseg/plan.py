@@ -233,7 +233,8 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Read and check `plan.json`. Raises PlanError naming the file and the value at fault."""
-        return cls.from_json(read_json(path, error=PlanError, what="plan"), where=str(path))
+        remedy = "correct it, or plan again with `autoseg plan-and-preprocess`"
+        return cls.from_json(read_json(path, error=PlanError, what="plan", remedy=remedy), where=str(path))
 
     @classmethod
     def from_json(cls, content: Any, *, where: str) -> Plan:

@@ -112,7 +112,8 @@ class VerifyReport:
             looked += f", {_count(len(self.test_cases), 'test case')}"
         found = f"{_count(len(self.errors), 'error')}, {_count(len(self.warnings), 'warning')}"
         fixable = sum(problem.fixable for problem in self.problems)
-        repair = f"; {fixable} can be repaired with --fix OUT" if fixable else ""
+        after = " once the errors are corrected" if self.errors else ""
+        repair = f"; {fixable} can be repaired with --fix OUT{after}" if fixable else ""
         return f"{Path(self.dataset).name}: {looked}: {found}{repair}."
 
     def to_json(self) -> dict[str, Any]:
@@ -431,8 +432,8 @@ def fix_dataset(root: Path, out: Path, *, workers: int = 1) -> FixReport:
     _check_output(root, out)
     report = verify_dataset(root, workers=workers)
     if report.errors:
-        named = " ".join(f"{p.case + ': ' if p.case else ''}{p.sentence}" for p in report.errors)
-        raise DatasetError(f"{root}: cannot be repaired safely, so nothing is written. {named}")
+        named = "\n".join(f"  {f'Case {p.case}: ' if p.case else ''}{p.sentence}" for p in report.errors)
+        raise DatasetError(f"{root}: cannot be repaired safely, so nothing is written:\n{named}")
     repairs = tuple(problem for problem in report.problems if problem.fixable)
     if repairs:
         _write_copy(root, out, {problem.case for problem in repairs}, workers=workers)

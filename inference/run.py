@@ -134,6 +134,11 @@ def find_tasks(input: Path, output: Path, *, model: Model) -> list[PredictTask]:
             f"{input}: nothing to predict; expected image files such as CASE_0000{model.plan.file_ending}, or a DICOM "
             "series."
         )
+    if input.is_dir() and output.resolve() == input.resolve():
+        raise PredictionError(
+            f"{output}: the labels would overwrite the images or be taken for images the next time; give another "
+            "output folder."
+        )
     to_file = image_ending(output) is not None and not output.is_dir()
     if to_file and len(found) > 1:
         raise PredictionError(f"{output}: is one file, but {input} holds {len(found)} cases; give a folder as output.")

@@ -66,8 +66,8 @@ def sliding_window_logits(
     the step between tiles as a fraction of the tile (one number, or one for each axis), `mirror_axes` the axes
     (0, 1, 2 = z, y, x) along which mirrored copies are averaged (2 to the power of their number), `batch_size` how
     many tiles or copies enter the network at once, `precision` the autocast dtype or None. Where the image is not
-    much longer than the patch (`stretch`), one tile takes it all, padded to the divisor. Constant tiles are computed
-    once for each value.
+    much longer than the patch (`stretch`), one tile takes it all, padded to the divisor (to the patch where it is no
+    larger than the divisor). Constant tiles are computed once for each value.
     """
     device = device or image.device
     steps = (step_size,) * 3 if isinstance(step_size, int | float) else tuple(step_size)
@@ -75,6 +75,9 @@ def sliding_window_logits(
         tile_axis(n, patch=p, divisor=d, step=s, stretch=stretch)
         for n, p, d, s in zip(image.shape[1:], patch_size, divisor, steps, strict=True)
     ]
+    if all(axis.size == d for axis, d in zip(axes, divisor, strict=True)):
+        # at the bottom of the network one voxel would be left, which cannot be normalised: as large as in training
+        axes = [tile_axis(n, patch=p, divisor=p) for n, p in zip(image.shape[1:], patch_size, strict=True)]
     image = _pad(image, axes)
     flips = mirror_flips(mirror_axes)
     evaluate = functools.partial(

@@ -314,7 +314,12 @@ def _check_chunks(array: Any, box: tuple[slice, ...], stored: StoredArray, check
 
 @functools.lru_cache(maxsize=KNOWN_ENTRIES)
 def _read_entry(path: Path, case: str, changed: int) -> StoreEntry:
-    content = read_json(path, error=StorageError, what="record of a preprocessed case")
+    content = read_json(
+        path,
+        error=lambda sentence: StorageError(f"Case {case}: {sentence}"),
+        what="record of a preprocessed case",
+        remedy="delete it and run `autoseg plan-and-preprocess` again",
+    )
     if not isinstance(content, dict) or content.get("version") != STORE_VERSION:
         found = content.get("version") if isinstance(content, dict) else None
         raise StorageError(

@@ -334,7 +334,7 @@ def test_an_unwritable_workspace_is_refused_before_any_work(tiny_dataset: Callab
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder should be")  # permissions would not stop root
     answer = autoseg("plan-and-preprocess", tiny_dataset(cases=2), "--workspace", blocked)
-    answer.refused(blocked, "cannot be written")
+    answer.refused(blocked, "cannot be written", "a file is where a folder is needed")
     assert blocked.read_text() == "a file where a folder should be"
 
 
@@ -366,6 +366,19 @@ def test_a_full_disk_while_training_leaves_the_finished_model_alone(
     train(copy, "--continue", "--steps", 6).refused("the disk is full", "fold_0")
     assert (fold_of(copy) / "checkpoint.safetensors").read_bytes() == before
     assert not leftovers(copy)
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried to allocate 2 GiB.", "[x.cpp:1] DefaultCPUAllocator: can't allocate memory"]
+)
+def test_torch_without_memory_is_one_sentence(copy: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    def hungry(*_: object, **__: object) -> None:
+        raise RuntimeError(f"{words}\nand a long story")
+
+    monkeypatch.setattr("autoseg.pipeline.train", hungry)
+    answer = train(copy, "--continue")
+    answer.refused("Not enough memory", words, "--gpu-memory")
+    assert "long story" not in answer.errors
 
 
 def fail_writes(monkeypatch: pytest.MonkeyPatch, code: int, *, after: int = 0) -> None:

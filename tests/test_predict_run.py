@@ -190,7 +190,10 @@ def test_input_that_cannot_be_predicted_at_all_is_refused(tmp_path):
     with pytest.raises(PredictionError, match="holds 2 cases"):
         predict_files(model, tmp_path / "in", tmp_path / "out.nii.gz")
     with pytest.raises(PredictionError, match="overwrite"):
-        predict_files(model, tmp_path / "in", tmp_path / "in")
+        predict_files(model, tmp_path / "in" / "a.nii.gz", tmp_path / "in")
+    write_scan(tmp_path / "raw" / "a_0000.nii.gz")
+    with pytest.raises(PredictionError, match="taken for images"):
+        predict_files(model, tmp_path / "raw", tmp_path / "raw")
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError):
         predict_files(model, tmp_path / "in", tmp_path / "file" / "out")

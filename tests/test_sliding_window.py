@@ -80,6 +80,13 @@ def test_an_image_smaller_than_the_patch_is_padded_to_the_divisor_only():
     assert network.shapes == [(1, 1, 12, 16, 16)]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 8, 8)])
+def test_an_image_no_larger_than_the_divisor_is_padded_to_the_patch_so_that_it_can_be_normalised(shape):
+    network = nn.Sequential(nn.Conv3d(1, 2, 1), nn.AvgPool3d((4, 8, 8)), nn.InstanceNorm3d(2), nn.Upsample((8, 16, 16)))
+    logits = sliding_window_logits(network, torch.randn(1, *shape), patch_size=(8, 16, 16), divisor=(4, 8, 8))
+    assert logits.shape == (2, *shape)
+
+
 def test_mirrored_copies_are_turned_back_and_averaged():
     def coordinate(x: torch.Tensor) -> torch.Tensor:  # answers with the position along x, whatever it sees
         return torch.arange(x.shape[-1], dtype=torch.float32).expand(len(x), 1, *x.shape[2:])

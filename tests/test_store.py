@@ -210,6 +210,13 @@ class _Usage:
     free = 10
 
 
+def test_a_truncated_record_names_its_case_and_what_to_do(fresh):
+    record = fresh.folder / "liver_07.json"
+    record.write_bytes(record.read_bytes()[:50])
+    with pytest.raises(StorageError, match="Case liver_07: .*liver_07.json: .* delete it and run"):
+        fresh.entry("liver_07")
+
+
 def test_partial_files_are_no_cases_and_can_be_removed(fresh):
     partial = fresh.folder / f".123{PARTIAL}.b.json"
     partial.write_text("{")

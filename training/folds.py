@@ -44,7 +44,7 @@ def make_folds(cases: Sequence[str]) -> list[Fold]:
 
 def load_folds(path: Path, cases: Sequence[str]) -> list[Fold]:
     """Read `folds.json` or nnU-Net's `splits_final.json` and hold it against the cases there are. Raises PlanError."""
-    content = read_json(path, error=PlanError, what="fold file")
+    content = read_json(path, error=PlanError, what="fold file", remedy="correct it, or delete it to have folds made")
     known = set(cases)
     form = 'a list of {"train": [cases], "val": [cases]}'
     if not isinstance(content, list) or not content:

@@ -10,7 +10,8 @@ low-resolution plane, then in the plane the rows that are needed. The same holds
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from autoseg.labels import Labels
 if TYPE_CHECKING:
     from autoseg.preprocessing.case import CaseGeometry
 
+EVERY = slice(None)
 MIXED = -1  # in a map of decisions: the corners of this cell disagree
 ROW_BYTES = 2**23  # interpolated rows at a time; stays in the processor's cache
 
@@ -44,6 +46,10 @@ class LinearAxis:
     fraction: Tensor
     """(N,) float32: how far from `lower` to `upper`, from 0 to 1."""
 
+    def places(self, part: slice) -> Iterator[tuple[int, int, float]]:
+        """`lower`, `upper` and `fraction` of some output voxels, one after the other."""
+        yield from zip(self.lower[part].tolist(), self.upper[part].tolist(), self.fraction[part].tolist(), strict=True)
+
 
 def linear_axis(length: int, output_length: int) -> LinearAxis:
     """Linear interpolation from `length` to `output_length` voxels over the same extent (align_corners=False)."""
@@ -54,17 +60,22 @@ def linear_axis(length: int, output_length: int) -> LinearAxis:
 
 
 def resampled_decisions(
-    logits: Tensor, shape: Sequence[int], *, regions: bool, row_bytes: int = ROW_BYTES
+    logits: Tensor,
+    shape: Sequence[int],
+    part: slice = EVERY,
+    *,
+    regions: bool,
+    row_bytes: int = ROW_BYTES,
 ) -> Iterator[NDArray[np.int16]]:
     """For each output plane along z the decision (Y, X) int16 that interpolated `logits` (K, Z, Y, X) would give.
 
     A decision is the class of the largest logit; with `regions` it is 0 where no logit is positive and k + 1 where
-    region k is the last positive one. Exact up to the rounding of sums in float32. `row_bytes` of interpolated logits
-    are held at a time.
+    region k is the last positive one. Exact up to the rounding of sums in float32. `part` chooses some of the planes;
+    `row_bytes` of interpolated logits are held at a time.
     """
     z, y, x = (linear_axis(n, m) for n, m in zip(logits.shape[1:], shape, strict=True))
     planes = _Planes(logits, regions=regions)
-    for lower, upper, fraction in zip(z.lower.tolist(), z.upper.tolist(), z.fraction.tolist(), strict=True):
+    for lower, upper, fraction in z.places(part):
         decision = planes.cells(lower, upper)[y.lower][:, x.lower]
         mixed = torch.nonzero(decision == MIXED, as_tuple=True)
         if len(mixed[0]):
@@ -155,10 +166,15 @@ def decision_values(labels: Labels) -> NDArray[np.integer[Any]]:
     return np.asarray(values, dtype=np.min_scalar_type(max(labels.known_values + values)))
 
 
-def resampled_probabilities(logits: Tensor, shape: Sequence[int], *, regions: bool) -> Iterator[NDArray[np.float32]]:
-    """For each output plane along z the probabilities (K, Y, X) float32 of the interpolated `logits` (K, Z, Y, X)."""
+def resampled_probabilities(
+    logits: Tensor, shape: Sequence[int], part: slice = EVERY, *, regions: bool
+) -> Iterator[NDArray[np.float32]]:
+    """For each output plane along z the probabilities (K, Y, X) float32 of the interpolated `logits` (K, Z, Y, X).
+
+    `part` chooses some of the planes.
+    """
     z = linear_axis(logits.shape[1], shape[0])
-    for lower, upper, fraction in zip(z.lower.tolist(), z.upper.tolist(), z.fraction.tolist(), strict=True):
+    for lower, upper, fraction in z.places(part):
         plane = logits[:, lower].float()
         if fraction > 0:
             plane = torch.lerp(plane, logits[:, upper].float(), fraction)
@@ -182,11 +198,17 @@ def export_labels(
     values = decision_values(labels)
     result = np.zeros((1, *geometry.original.shape), dtype=values.dtype)
     inside = _crop_view(result, geometry)[0]
-    with torch.inference_mode():
-        row_bytes = min(ROW_BYTES, max_ram_bytes)
-        planes = resampled_decisions(logits, inside.shape, regions=labels.has_regions, row_bytes=row_bytes)
-        for z, decisions in enumerate(planes):
-            inside[z] = values[decisions]
+    row_bytes = min(ROW_BYTES, max_ram_bytes)
+
+    def fill(planes: slice) -> None:
+        with torch.inference_mode():
+            decisions = resampled_decisions(
+                logits, inside.shape, planes, regions=labels.has_regions, row_bytes=row_bytes
+            )
+            for z, plane in zip(range(planes.start, planes.stop), decisions, strict=True):
+                inside[z] = values[plane]
+
+    _in_threads(fill, len(inside))
     return Image(result, geometry.original)
 
 
@@ -207,11 +229,29 @@ def export_probabilities(
     if not labels.has_regions:
         result[0] = 1
     inside = _crop_view(result, geometry)
-    with torch.inference_mode():
-        planes = resampled_probabilities(logits, inside.shape[1:], regions=labels.has_regions)
-        for z, probabilities in enumerate(planes):
-            inside[:, z] = probabilities
+
+    def fill(planes: slice) -> None:
+        with torch.inference_mode():
+            slabs = resampled_probabilities(logits, inside.shape[1:], planes, regions=labels.has_regions)
+            for z, plane in zip(range(planes.start, planes.stop), slabs, strict=True):
+                inside[:, z] = plane
+
+    _in_threads(fill, inside.shape[1])
     return Image(result, geometry.original)
+
+
+def _in_threads(fill: Callable[[slice], None], planes: int) -> None:
+    """Call `fill` on equal parts of the output planes, one thread each, as many as torch computes with.
+
+    Inside, torch computes with one thread: split over cores, its small operations would wait for each other (on a busy
+    machine twenty times as long as they compute).
+    """
+    threads = min(torch.get_num_threads(), planes)
+    edges = [planes * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads, "export", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in pool.map(fill, map(slice, edges[:-1], edges[1:])):
+            pass
+    torch.set_num_threads(torch.get_num_threads())  # the number for threads that start later; this thread has its own
 
 
 def _check(logits: Tensor, geometry: CaseGeometry, labels: Labels) -> None:

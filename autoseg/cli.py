@@ -325,6 +325,8 @@ def train_fold(
             on_step=bar,
             stop=stop,
         )
+    if not trained.steps:
+        return screen.refuse("Stopped before the first step: there is no model yet; --continue begins.", stop.status)
     screen.say(f"{trained.checkpoint}: {trained.steps} steps in {format_seconds(trained.seconds)}.")
     if not trained.finished:
         return screen.refuse(

@@ -119,11 +119,34 @@ def _plan(
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
     budget = Budget(gpu_memory_bytes or 0, fold_seconds or 0.0, device)
+    kept = None if replan else _plan_of_models(place)
+    if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations):
+        log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
+        return kept
     plan = plan_experiment(fingerprint, budget, configurations=configurations)
     _put_models_aside(plan, place, replan=replan)
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
     return plan
+
+
+def _plan_of_models(place: Workspace) -> Plan | None:
+    """The plan that is there, where folds are trained; None where there is neither or it cannot be read."""
+    if not place.plan.exists() or not any((place.root / MODELS).glob(f"*/fold_*/{CHECKPOINT}")):
+        return None
+    try:
+        return Plan.load(place.plan)
+    except PlanError:
+        return None
+
+
+def _answers(plan: Plan, budget: Budget, configurations: Sequence[str] | None) -> bool:
+    """Whether a plan was made for what is asked now; what was not given (0 or None) may be anything."""
+    return (
+        budget.gpu_memory_bytes in (0, plan.budget.gpu_memory_bytes)
+        and budget.fold_seconds in (0.0, plan.budget.fold_seconds)
+        and {configuration.name for configuration in plan.configurations} >= set(configurations or ())
+    )
 
 
 def load_plan(dataset_root: Path, workspace: Path | None = None) -> tuple[Plan, Workspace]:

@@ -231,6 +231,19 @@ def test_planning_over_trained_models_needs_replan(copy: Path, monkeypatch: pyte
     assert len(list((copy / "ws" / NAME).glob("models_of_plan_*/3d_fullres/fold_0/checkpoint.safetensors"))) == 1
 
 
+def test_planning_again_keeps_the_plan_of_trained_models(copy: Path) -> None:
+    from autoseg.experiment_planning.fingerprint import extract_fingerprint
+
+    plan_file = copy / "ws" / NAME / "plan.json"
+    found = extract_fingerprint(RawDataset.load(copy / NAME), workers=1).id
+    replace(Plan.load(plan_file), fingerprint=found).save(plan_file)  # as if the planner had made it
+    before = plan_file.read_bytes()
+    words = ("plan-and-preprocess", copy / NAME, "--workspace", copy / "ws", "--workers", 1)
+    assert autoseg(*words).status == 0
+    assert plan_file.read_bytes() == before and fold_of(copy).exists()
+    autoseg(*words, "--fold-time", "3h").refused("--replan")
+
+
 def stand_in_planner(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
     """Let `plan-and-preprocess` find this plan, whatever the dataset."""
     import autoseg.experiment_planning.planner as planner

@@ -495,3 +495,9 @@ def test_the_held_out_patches_stay_within_their_memory(tmp_path: Path, monkeypat
     monkeypatch.setattr(loop, "VALIDATION_BYTES", 3 * one + 5)
     online = OnlineDice(samples, TWO_CLASSES, device=torch.device("cpu"), batch_size=2)
     assert sum(len(images) for images in online.images) == 3
+
+
+def test_a_stop_before_the_first_step_leaves_no_model(plan: Plan, workspace: Workspace) -> None:
+    trained = train(plan, workspace, stop=lambda: True)
+    assert trained.steps == 0 and not trained.checkpoint.exists()
+    assert train(plan, workspace, resume=True).checkpoint.exists()

@@ -392,7 +392,8 @@ class _Run:
         weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise self.diverged("the weights are not finite")
-        Checkpoint(self.plan, self.settings.name, self.fold, weights, summary).save(self.folder / CHECKPOINT)
+        if self.state.step:  # weights that no step has touched are no model
+            Checkpoint(self.plan, self.settings.name, self.fold, weights, summary).save(self.folder / CHECKPOINT)
         tensors = {f"now/{name}": tensor for name, tensor in _tensors(self.state).items()}
         if self.plateau is not None:
             tensors |= {f"plateau/{name}": tensor for name, tensor in self.plateau.items()}

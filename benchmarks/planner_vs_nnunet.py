@@ -156,7 +156,7 @@ def peer_bytes(ours: Configuration, peer: dict[str, Any], plan: Plan) -> int:
         patch_size=volumes([peer["patch_size"]])[0],
         batch_size=peer["batch_size"],
     )
-    return training_memory(theirs, plan.labels).peak_bytes
+    return training_memory(theirs, plan.labels, threads=1).peak_bytes
 
 
 def same_network(ours: Configuration, peer: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ counts it from what oneDNN documents.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -61,58 +62,100 @@ def training_memory(
     batch_size: int | None = None,
     patch_size: Shape | None = None,
     precision: str = "bf16",
+    threads: int | None = None,
 ) -> MemoryEstimate:
     """What a training step of `configuration` needs, by default with its own batch and patch size.
 
     `precision` is a key of PRECISIONS: the type that autocast computes in.
     """
-    meter = StepMeter(configuration.architecture, labels, recipe=configuration.training.recipe, precision=precision)
+    recipe = configuration.training.recipe
+    meter = StepMeter(configuration.architecture, labels, recipe=recipe, precision=precision, threads=threads)
     return meter.measure(batch_size or configuration.batch_size, patch_size or configuration.patch_size)
 
 
 class StepMeter:
-    """A training of one architecture on fake tensors, built once and measured for any batch and patch size."""
+    """A training of one architecture on fake tensors, built once and measured for any batch and patch size.
 
-    def __init__(self, architecture: Architecture, labels: Labels, *, recipe: str, precision: str = "bf16") -> None:
+    `threads` are those of the training, by default torch's own.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        labels: Labels,
+        *,
+        recipe: str,
+        precision: str = "bf16",
+        threads: int | None = None,
+    ) -> None:
         self.channels = architecture.input_channels
         self.precision = PRECISIONS[precision]
         self.fake = FakeTensorMode()
-        self.live = LiveStorages()
+        self.live = LiveStorages(threads or torch.get_num_threads())
         with self.fake, self.live:
             self.state = build_training(architecture, labels, RECIPES[recipe])
         self.parameters = sum(p.numel() for p in self.state.network.parameters())
+        self._update: _Update | None = None
+        self._before_update = 0
 
     def measure(self, batch_size: int, patch_size: Shape) -> MemoryEstimate:
-        """Take one step on a batch (batch_size, C, *patch_size)."""
-        before_update: list[int] = []
-        state_before = _state_bytes(self.state)
-
-        def remember(*_: object) -> None:
-            before_update.append(self.live.peak_bytes)
-
-        hook = self.state.optimizer.register_step_pre_hook(remember)
+        """What a step on a batch (batch_size, C, *patch_size) needs."""
         with self.fake, self.live:
             self.live.restart()
             image = torch.zeros((batch_size, self.channels, *patch_size))
             label = torch.zeros((batch_size, 1, *patch_size), dtype=torch.int16)
-            training_step(self.state, image, label, precision=self.precision)
+            update = self._step(image, label)
             data = image.untyped_storage().nbytes() + label.untyped_storage().nbytes()
-        hook.remove()
-        # the first step ever runs without optimiser state, every later one with it
-        made = _state_bytes(self.state) - state_before
         return MemoryEstimate(
-            peak_bytes=max(before_update[0] + made, self.live.peak_bytes),
-            persistent_bytes=self.live.bytes - data,
+            peak_bytes=max(self._before_update, update.peak_bytes + data),
+            persistent_bytes=update.persistent_bytes,
             step_flops=self.live.flops,
             parameters=self.parameters,
         )
+
+    def _step(self, image: Tensor, label: Tensor) -> _Update:
+        """Forward and backward; the update itself, which neither batch nor patch changes, is measured once."""
+        state_before = _state_bytes(self.state)
+        reached: list[int] = []
+
+        def stop_before_update(*_: object) -> None:
+            reached.append(self.live.peak_bytes)
+            if self._update is not None:
+                raise _Stop
+            self.live.peak_bytes = self.live.bytes
+
+        hook = self.state.optimizer.register_step_pre_hook(stop_before_update)
+        with contextlib.suppress(_Stop):
+            training_step(self.state, image, label, precision=self.precision)
+        hook.remove()
+        # the first step ever runs without optimiser state, every later one with it
+        made = _state_bytes(self.state) - state_before
+        self._before_update = reached[0] + made
+        if self._update is None:
+            data = image.untyped_storage().nbytes() + label.untyped_storage().nbytes()
+            self._update = _Update(self.live.peak_bytes - data, self.live.bytes - data)
+        return self._update
+
+
+@dataclass(frozen=True)
+class _Update:
+    """Of the optimiser's update; both without the batch's data."""
+
+    peak_bytes: int
+    persistent_bytes: int
+    """After it."""
+
+
+class _Stop(Exception):
+    """Ends a step before its update."""
 
 
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages that operations made and something still refers to; and the operations."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         super().__init__()
+        self.threads = threads
         self.bytes = 0
         """Alive now."""
         self.peak_bytes = 0
@@ -135,7 +178,7 @@ class LiveStorages(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
-        self.peak_bytes = max(self.peak_bytes, self.bytes + workspace_bytes(func, args, out))
+        self.peak_bytes = max(self.peak_bytes, self.bytes + workspace_bytes(func, args, out, threads=self.threads))
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
@@ -153,13 +196,13 @@ class LiveStorages(TorchDispatchMode):
         self.bytes -= size
 
 
-def workspace_bytes(func: Any, args: Sequence[Any], out: Any) -> int:
+def workspace_bytes(func: Any, args: Sequence[Any], out: Any, *, threads: int) -> int:
     """What a convolution needs beyond its arguments and results while it runs; 0 for every other operation.
 
     oneDNN computes on copies of its operands in a layout with channels in blocks of 16. Forward it holds the input's,
-    the weight's and the output's; backward those of input and output gradient, and with bf16 also a transposed sample
-    of both for each thread and the weight gradient in float32. On a GPU cuDNN makes similar copies where it prefers
-    another layout than the given one, so the same reserve is kept.
+    the weight's and the output's; backward those of input and output gradient, and with bf16 also up to four
+    transposed samples of both, by the number of threads, and the weight gradient in float32. On a GPU cuDNN makes
+    similar copies where it prefers another layout than the given one, so the same reserve is kept.
     """
     aten = torch.ops.aten
     if func is aten.convolution.default:
@@ -173,7 +216,7 @@ def workspace_bytes(func: Any, args: Sequence[Any], out: Any) -> int:
         copies = _blocked_bytes(gradient) + (0 if image.shape[1] <= PLAIN_CHANNELS else _blocked_bytes(image))
         if image.dtype == torch.float32:
             return copies
-        samples = min(image.shape[0], torch.get_num_threads())
+        samples = 1 if threads == 1 else 2 if threads < 8 else 4  # seen with torch 2.13 from 1 to 16 threads
         return copies + copies * samples // int(image.shape[0]) + 4 * weight.numel()
     return 0
 

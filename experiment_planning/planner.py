@@ -52,18 +52,18 @@ GPU_FOLD_STEPS = 50_000  # default length of a fold on a GPU; nnU-Net takes 250,
 # --- what a fold's time should give
 WIDE_STEPS = 5000  # steps that a network wider than 16 must leave room for: it gains from long trainings alone
 TARGET_STEPS = 1500  # steps for which a big patch is made smaller
-FEWEST_STEPS = 200  # steps for which the network is made narrower than 16
+FEWEST_STEPS = 100  # steps for which the network is made narrower than 16
 BATCH_STEPS = 10_000  # the batch grows only while the fold still gives so many steps
 MIRROR_STEPS = 10_000  # with fewer, a network has no time to learn each orientation: no mirroring
 STEP_OVERHEAD = 1.15  # augmentation and data loading share a CPU's cores with the network
 # --- the network
-WIDTHS = (32, 24, 16, 12, 8)  # feature maps of the first stage, widest first; nnU-Net's is 32
+WIDTHS = (32, 24, 16, 8)  # feature maps of the first stage; none between 8 and 16: oneDNN computes them in blocks of 16
 PROBE_WIDTH = 16
 MAX_FEATURES = {2: 512, 3: 320}  # nnU-Net's
 CONVS = 2  # convolutions of each encoder and decoder stage (nnU-Net's)
 MIN_BATCH = {2: 12, 3: 2}  # smallest batch that the time may ask for; a 2D batch of 2 slices sees too little
 NARROWEST_WIDE_PATCH = 16  # below this width the patch shrinks first, down to ...
-TIMED_PATCH_VOXELS = {2: 160**2, 3: 48**3}  # ... so many voxels
+SMALLEST_PATCH_VOXELS = {2: 160**2, 3: 48**3}  # ... so many voxels
 DATASET_SHARE = 0.05  # of the dataset's voxels that a batch may hold (nnU-Net's)
 # --- the data
 MASK_SHARE = 0.25  # of the voxels removed by cropping from which on z-scores are taken inside the mask (nnU-Net's)
@@ -407,9 +407,12 @@ class Planner:
         start = rules.plan_topology(in_plane, rules.first_patch(in_plane, shape))
         if like is not None:
             start = rules.plan_topology(in_plane, like.patch_size)
-        by_memory = self._fit_memory(build, start, in_plane, shape)
-        size = self._fit_time(name, build, by_memory, in_plane, shape)
-        self._note_size(name, build, size, by_memory, shape)
+        limit = Size(start, WIDTHS[0], self._largest_batch(build, start))
+        size = self._fit_time(build, limit, in_plane, shape)
+        if not self._fits(build, size):  # on a slow machine the time asks for so little that this is the exception
+            limit = self._fit_memory(build, start, in_plane, shape)
+            size = self._confirm(build, self._fit_time(build, limit, in_plane, shape))
+        self._note_size(name, build, size, limit, shape)
         thick = dimensions == 3 and self._is_thick(name, spacing, size)
         architecture = build.architecture(size.topology, size.width)
         self.notes.add(
@@ -449,6 +452,31 @@ class Planner:
                 f"the full-resolution patch sees {min(seen, 1):.0%} of the median image: that is enough.",
             )
             return None
+        spacing, halved = self._lowres_spacing(patch_voxels, full_voxels, at_least_half=requested)
+        if not halved:
+            gain = full_voxels / math.prod(self.grid.median_shape(spacing))
+            self.notes.add(
+                "lowres",
+                False,
+                f"the patch sees {seen:.0%} of the median image, but the low resolution that would mend it has only "
+                f"{gain:.1f} times fewer voxels: too little to gain.",
+            )
+            return None
+        low = self.plan("3d_lowres", spacing=spacing, dimensions=3)
+        # a voxel of the coarser grid may need less memory, so that the patch is larger than was thought: try finer
+        finer, halved = self._lowres_spacing(math.prod(low.patch_size), full_voxels, at_least_half=requested)
+        if halved and finer < spacing:
+            better = self.plan("3d_lowres", spacing=finer, dimensions=3)
+            if math.prod(better.patch_size) >= rules.LOWRES_SHARE * math.prod(better.median_shape):
+                low, spacing = better, finer
+            else:
+                low = self.plan("3d_lowres", spacing=spacing, dimensions=3)  # its reasons again
+        because = "it was asked for" if requested else f"the full-resolution patch sees only {seen:.0%} of the image"
+        self.notes.add("lowres", True, f"{because}; on {_sizes(spacing)} mm it sees at least a quarter.")
+        return low
+
+    def _lowres_spacing(self, patch_voxels: int, full_voxels: int, *, at_least_half: bool) -> tuple[Vector, bool]:
+        """The finest spacing at which a patch of so many voxels sees a quarter; whether it has half the voxels."""
         spacing = self.grid.spacing
         while True:
             spacing = rules.coarser(spacing)
@@ -461,20 +489,9 @@ class Planner:
                 topology = smaller
             enough = math.prod(topology.patch) >= rules.LOWRES_SHARE * math.prod(shape)
             halved = full_voxels >= rules.LOWRES_GAIN * math.prod(shape)
-            if enough and (halved or not requested):
-                break
-        if not halved:
-            self.notes.add(
-                "lowres",
-                False,
-                f"the patch sees {seen:.0%} of the median image, but the low resolution that would mend it has "
-                f"{full_voxels / math.prod(shape):.1f} times fewer voxels: too little to gain.",
-            )
-            return None
-        because = "it was asked for." if requested else f"the patch sees only {seen:.0%} of the median image."
-        self.notes.add("lowres", True, f"{because[:-1]}; on {_sizes(spacing)} mm it sees at least a quarter.")
-        z, y, x = (float(f"{s:.6g}") for s in spacing)
-        return self.plan("3d_lowres", spacing=(z, y, x), dimensions=3)
+            if enough and (halved or not at_least_half):
+                z, y, x = (float(f"{s:.6g}") for s in spacing)
+                return (z, y, x), halved
 
     def forecast(self, configuration: Configuration) -> Forecast:
         """What a configuration will cost."""
@@ -541,13 +558,14 @@ class Planner:
                         self.fingerprint.labels,
                         recipe=TrainingSettings().recipe,
                         precision=self.machine.precision,
+                        threads=None if self.machine.budget.device == "cpu" else 1,  # a GPU plan is the same everywhere
                     )
                 }
             self._estimates[key] = self._meters[architecture].measure(batch, patch)
         return self._estimates[key]
 
     def _fit_memory(self, build: Builder, topology: Topology, spacing: Sequence[float], shape: Sequence[int]) -> Size:
-        """The largest patch whose step fits with the smallest batch, then the largest batch, at full width."""
+        """The largest patch whose step fits with the smallest batch, then the batch that should fit, at full width."""
         width, batch = WIDTHS[0], 2
         while True:
             estimate = self._measure_size(build, Size(topology, width, batch))
@@ -559,14 +577,14 @@ class Planner:
             )  # memory follows the voxels closely, so most steps are skipped
             while True:
                 smaller = rules.shrink(topology, spacing, shape)
-                if smaller is None:
+                if smaller is None or math.prod(smaller.patch) < SMALLEST_PATCH_VOXELS[build.dimensions]:
                     return self._fit_narrow(build, topology)
                 topology = smaller
                 if math.prod(topology.patch) <= max(voxels, 1):
                     break
-        largest = self._largest_batch(build, topology)
-        batch = self._grow_batch(build, Size(topology, width, batch), largest)
-        return Size(topology, width, batch)
+        each = estimate.moving_bytes / batch
+        most = int((self.machine.usable_bytes - estimate.persistent_bytes) / each)
+        return Size(topology, width, max(batch, min(most, self._largest_batch(build, topology))))
 
     def _fit_narrow(self, build: Builder, topology: Topology) -> Size:
         for width in WIDTHS[1:]:
@@ -578,18 +596,17 @@ class Planner:
             f"{format_bytes(int(least / MEMORY_SHARE))}; give more with --gpu-memory."
         )
 
-    def _grow_batch(self, build: Builder, size: Size, largest: int) -> int:
-        """The largest batch up to `largest` that fits; memory is close to linear in it, and is measured to be sure."""
-        estimate = self._measure_size(build, size)
-        each = estimate.moving_bytes / size.batch
-        batch = int((self.machine.usable_bytes - estimate.persistent_bytes) / each)
-        batch = max(size.batch, min(batch, largest))
-        while batch > size.batch:
-            peak = self._measure_size(build, replace(size, batch=batch)).peak_bytes
+    def _fits(self, build: Builder, size: Size) -> bool:
+        return self._measure_size(build, size).peak_bytes <= self.machine.usable_bytes
+
+    def _confirm(self, build: Builder, size: Size) -> Size:
+        """`size` with the batch that does fit: memory is close to linear in the batch, not exactly."""
+        while size.batch > 2:
+            peak = self._measure_size(build, size).peak_bytes
             if peak <= self.machine.usable_bytes:
                 break
-            batch = max(size.batch, min(batch - 1, int(batch * self.machine.usable_bytes / peak)))
-        return batch
+            size = replace(size, batch=max(2, min(size.batch - 1, int(size.batch * self.machine.usable_bytes / peak))))
+        return size
 
     def _largest_batch(self, build: Builder, topology: Topology) -> int:
         voxels = build.median_voxels * len(self.grid.shapes)
@@ -601,32 +618,30 @@ class Planner:
 
     # --- time
 
-    def _fit_time(
-        self, name: str, build: Builder, by_memory: Size, spacing: Sequence[float], shape: Sequence[int]
-    ) -> Size:
-        """The widest network, then the largest batch, with which the fold's time gives enough steps."""
+    def _fit_time(self, build: Builder, limit: Size, spacing: Sequence[float], shape: Sequence[int]) -> Size:
+        """The widest network, then the largest batch up to `limit`, with which the fold's time gives enough steps."""
         fold = self.machine.budget.fold_seconds
         if not self.machine.timed or not fold:
-            return by_memory
-        base = min(MIN_BATCH[build.dimensions], by_memory.batch)
-        topology = by_memory.topology
+            return limit
+        base = min(MIN_BATCH[build.dimensions], limit.batch)
+        topology = limit.topology
         speed = self._speed(build, topology)
-        for width in (w for w in WIDTHS if NARROWEST_WIDE_PATCH <= w <= by_memory.width):
+        for width in (w for w in WIDTHS if NARROWEST_WIDE_PATCH <= w <= limit.width):
             size = Size(topology, width, base)
             if fold / _seconds(speed, size) >= (WIDE_STEPS if width > NARROWEST_WIDE_PATCH else TARGET_STEPS):
                 break
         else:
-            size = self._shrink_for_time(speed, spacing, shape, Size(topology, by_memory.width, base))
+            size = self._shrink_for_time(speed, spacing, shape, Size(topology, limit.width, base))
         if _seconds(speed, size) * BATCH_STEPS < fold:
             batch = int(size.batch * fold / BATCH_STEPS / _seconds(speed, size))
-            size = replace(size, batch=max(size.batch, min(batch, by_memory.batch)))
+            size = replace(size, batch=max(size.batch, min(batch, limit.batch)))
         return size
 
     def _shrink_for_time(self, speed: Speed, spacing: Sequence[float], shape: Sequence[int], size: Size) -> Size:
         """A smaller patch first, where it is big, then a narrower network, then a smaller batch."""
         fold = self.machine.budget.fold_seconds
         size = replace(size, width=min(size.width, NARROWEST_WIDE_PATCH))
-        least = TIMED_PATCH_VOXELS[len(shape)]
+        least = SMALLEST_PATCH_VOXELS[len(shape)]
         while fold / _seconds(speed, size) < TARGET_STEPS:
             smaller = rules.shrink(size.topology, spacing, shape)
             if smaller is None or math.prod(smaller.patch) < least:
@@ -694,7 +709,7 @@ class Planner:
         )
         return thick
 
-    def _note_size(self, name: str, build: Builder, size: Size, by_memory: Size, shape: Sequence[int]) -> None:
+    def _note_size(self, name: str, build: Builder, size: Size, limit: Size, shape: Sequence[int]) -> None:
         estimate = self._measure_size(build, size)
         needs = (
             f"a step of batch {size.batch} needs {format_bytes(estimate.peak_bytes)} of "
@@ -708,28 +723,28 @@ class Planner:
             if seen >= 0.99
             else (f"patch {patch} sees {seen:.0%} of the median image {median}")
         )
-        shortened = size.topology.patch != by_memory.topology.patch
+        shortened = size.topology.patch != limit.topology.patch
         self.notes.add(
             f"{name}.patch_size",
             rules.as_volume(size.topology.patch),
             f"{fits}, and {needs}"
-            + (f"; {_sizes(by_memory.topology.patch)} would fit the memory but not the time." if shortened else "."),
+            + (f"; {_sizes(limit.topology.patch)} would take too much of the fold's time." if shortened else "."),
         )
         timed = self.machine.timed and fold
-        if timed and size.width < by_memory.width:
+        if timed and size.width < limit.width:
             need = WIDE_STEPS if size.width >= NARROWEST_WIDE_PATCH else FEWEST_STEPS
             because = (
-                f"{by_memory.width} feature maps would fit the memory; {size.width} are the widest of "
-                f"{', '.join(map(str, WIDTHS))} that pay in {format_seconds(fold)} a fold: wider ones need {need} steps."
+                f"of {', '.join(map(str, WIDTHS))} feature maps {size.width} are the most that pay in "
+                f"{format_seconds(fold)} a fold: wider networks need {need} steps."
             )
         else:
             because = f"{size.width} feature maps, the widest of {', '.join(map(str, WIDTHS))} (nnU-Net's is 32), fit."
         self.notes.add(f"{name}.features", size.width, because)
         most = self._largest_batch(build, size.topology)
-        if size.batch < by_memory.batch:
+        if timed and (shortened or size.width < limit.width or size.batch < limit.batch):
             because = (
-                f"{by_memory.batch} would fit the memory; {size.batch} leaves the fold more steps "
-                f"(the batch grows only beyond {BATCH_STEPS})."
+                f"{needs}; the time decides: the batch grows only while the fold's "
+                f"{format_seconds(fold)} give {BATCH_STEPS} steps."
             )
         elif size.batch == most:
             because = f"{size.batch} patches are {DATASET_SHARE:.0%} of the dataset's voxels; {needs}."

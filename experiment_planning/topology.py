@@ -77,12 +77,14 @@ def _axes_to_pool(spacing: Sequence[float], size: Sequence[int]) -> list[int]:
 
 
 def first_patch(spacing_mm: Sequence[float], median_shape: Sequence[int]) -> tuple[int, ...]:
-    """The patch to begin with: isotropic in mm, 256^3 (2D: 2048^2) voxels, no longer than the median image."""
+    """The patch to begin with: isotropic in mm, 256^3 (2D: 2048^2) voxels, no longer than the median image.
+
+    In the plane it has at least 4 voxels however small the image is: a norm needs more than one.
+    """
     dimensions = len(spacing_mm)
     edge_mm = (START_VOXELS[dimensions] * math.prod(spacing_mm)) ** (1 / dimensions)
-    return tuple(
-        max(1, min(round(edge_mm / s), int(length))) for s, length in zip(spacing_mm, median_shape, strict=True)
-    )
+    longest = [min(round(edge_mm / s), int(length)) for s, length in zip(spacing_mm, median_shape, strict=True)]
+    return tuple(max(1 if axis < dimensions - 2 else MIN_BOTTLENECK, edge) for axis, edge in enumerate(longest))
 
 
 def shrink(topology: Topology, spacing_mm: Sequence[float], median_shape: Sequence[int]) -> Topology | None:
@@ -96,7 +98,7 @@ def shrink(topology: Topology, spacing_mm: Sequence[float], median_shape: Sequen
         step = topology.divisor[axis]
         # after losing one step the axis may be pooled less often; a finer step then keeps the patch longer
         shorter = patch[axis] - step
-        if shorter < 1:
+        if shorter < MIN_BOTTLENECK:
             continue
         patch[axis] = shorter
         candidate = plan_topology(spacing_mm, patch)

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,16 @@ from autoseg.experiment_planning.planner import MEMORY_SHARE, TARGET_STEPS, Note
 from autoseg.experiment_planning.timing import Speed, probe_speed
 from autoseg.labels import Labels
 from autoseg.plan import Budget, Plan, TrainingSettings
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny steps are slower with several threads, by far on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 TWO = Labels.from_json({"background": 0, "a": 1, "b": 2})
 GB = 10**9
@@ -114,7 +125,7 @@ def test_any_dataset_gets_a_plan_that_loads_and_fits(tmp_path_factory, shape, sp
 
 def test_a_batch_holds_at_most_a_twentieth_of_the_dataset():
     (c,) = plan_by_memory(dataset(cases=100), 8).configurations
-    assert c.batch_size * math.prod(c.patch_size) <= 1.1 * 0.05 * 100 * 36 * 50 * 35
+    assert c.batch_size == round(0.05 * 100 * 36 * 50 * 35 / math.prod(c.patch_size))
     (few,) = plan_by_memory(dataset(cases=3), 8).configurations
     assert few.batch_size == 2
 
@@ -243,14 +254,14 @@ def timed(monkeypatch, seconds, fingerprint, fold_seconds, configurations=None):
 
 def test_the_folds_time_chooses_the_width(monkeypatch):
     widths = []
-    for fold_seconds in (60, 300, 1800, 36_000):
+    for fold_seconds in (20, 300, 3000, 36_000):
         plan = timed(monkeypatch, 0.1, dataset(), fold_seconds)
         (c,) = plan.configurations
         widths.append(c.architecture.features[0])
         assert c.training.seconds == fold_seconds
         assert c.training.steps == int(fold_seconds / plan.forecasts[c.name].seconds_per_step)
         assert plan.forecasts[c.name].fold_seconds == fold_seconds
-    assert widths == sorted(widths) and widths[0] < 16 and widths[-1] == 32
+    assert widths == [8, 16, 24, 32]
 
 
 def test_a_slow_machine_shrinks_the_patch_of_big_images(monkeypatch):
@@ -288,8 +299,6 @@ def test_memory_that_is_given_without_a_gpu_plans_for_one_elsewhere():
 
 
 def test_the_probe_times_real_steps_on_a_bounded_batch():
-    import torch
-
     (c,) = plan_by_memory(dataset((24, 24, 24), cases=5), 1).configurations
     small = replace(c.architecture, features=(4, 8, 16)[: len(c.architecture.features)])
     speed = probe_speed(

@@ -225,7 +225,9 @@ def _touched_components(mask: Mask, other: Mask) -> tuple[int, int]:
 
     if not mask.any():
         return 0, 0
-    components: NDArray[Any] = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
+    # as numbers: cc3d 4.1 fails on some boolean rows of a single line ("maximum length exception")
+    numbers = np.ascontiguousarray(mask).view(np.uint8)
+    components: NDArray[Any] = cc3d.connected_components(numbers, connectivity=26)
     return _count(np.unique(components[other])), int(components.max())
 
 

@@ -232,7 +232,7 @@ def _structure(
     present = present[box]
     counts = [present.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1))]
     voxels = int(counts[0].sum())
-    components = cc3d.connected_components(present, connectivity=CONNECTIVITY, return_N=True)[1]
+    components = cc3d.connected_components(present.view(np.uint8), connectivity=CONNECTIVITY, return_N=True)[1]
     return _Structure(
         voxels=voxels,
         components=int(components),

@@ -99,19 +99,21 @@ def test_the_command_works_and_its_workers_find_the_package(installed: Path, tmp
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
-    commands = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines() if "pytest" in line]
+    commands = [
+        line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines() if "pytest" in line
+    ]
     assert len(commands) == 1
     # as it stands, so that what is tested is what a newcomer types
-    assert commands[0] in (ROOT / "README.md").read_text().splitlines()
+    assert commands[0] in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_every_dependency_has_a_tested_version() -> None:
     pinned = {
         line.split("==")[0].strip().lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line and not line.startswith("#")
     }
-    required = re.findall(r'"([A-Za-z][\w-]*)>=[\d.]+"', (ROOT / "setup.py").read_text())
+    required = re.findall(r'"([A-Za-z][\w-]*)>=[\d.]+"', (ROOT / "setup.py").read_text(encoding="utf-8"))
     assert "torch" in required and "pytest" in required
     assert {name.lower() for name in required} <= pinned
     assert not [name for name in pinned if name.startswith(("nvidia", "cuda", "triton")) or name == "torchvision"]

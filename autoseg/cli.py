@@ -109,7 +109,9 @@ def _cores(workers: int | None) -> int:
     """The number of worker processes: what was asked for, else the cores that this process may use."""
     if workers is not None:
         return workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from autoseg.executor import available_cores
+
+    return available_cores()
 
 
 def _show_version(wanted: bool) -> None:

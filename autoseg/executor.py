@@ -68,6 +68,11 @@ def map_cases(
     yield from _Run(call, items, names).results(min(workers, max(len(names), 1)))
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_workers(workers: int) -> None:
     """Start the workers of a later `map_cases` now, so that they import while this process does other things."""
     if workers > 1:

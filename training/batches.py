@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing.connection
-import os
 import queue
 import random
 import signal
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autoseg.errors import AutosegError, StorageError, WorkerError
+from autoseg.executor import available_cores
 from autoseg.labels import Labels
 from autoseg.plan import Configuration
 from autoseg.preprocessing.store import Store, StoreEntry
@@ -44,7 +44,7 @@ MOST_WORKERS = 12  # nnU-Net's default; a GPU rarely empties what so many prepar
 
 def default_workers() -> int:
     """Processes that prepare patches on this machine; 0 (a thread) where cores are few."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return 0 if cores <= FEW_CORES else min(MOST_WORKERS, cores - 2)
 
 

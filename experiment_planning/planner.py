@@ -538,7 +538,7 @@ class Planner:
             training = replace(training, mirror_axes=())
             because = (
                 f"about {steps} steps are too few to learn each orientation: below {MIRROR_STEPS} neither training nor "
-                "prediction mirrors (see benchmarks/README.md, training)."
+                "prediction mirrors."
             )
             self.notes.add(f"{configuration.name}.mirror_axes", (), because)
         return replace(configuration, training=training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -53,15 +52,15 @@ def probe_speed(
         began = time.perf_counter()
         training_step(state, image, label, precision=autocast_dtype(device)).item()  # .item() waits for a GPU
         seconds.append(time.perf_counter() - began)
-    return Speed(statistics.median(seconds[1:]), architecture.features[0], batch * math.prod(patch), str(device))
+    # the quickest step: whatever else runs on the machine only adds to a step's time
+    return Speed(min(seconds[1:]), architecture.features[0], batch * math.prod(patch), str(device))
 
 
 def _smaller_patch(patch: Shape, divisor: Shape) -> Shape:
-    """`patch` with its longest axis halved until it has at most PROBE_VOXELS voxels, divisible still."""
-    size = list(patch)
-    while math.prod(size) > PROBE_VOXELS:
-        axis = max(range(3), key=lambda a: size[a] / divisor[a])
-        if size[axis] < 2 * divisor[axis]:
-            break
-        size[axis] = size[axis] // (2 * divisor[axis]) * divisor[axis]
-    return size[0], size[1], size[2]
+    """`patch` halved to at most PROBE_VOXELS voxels: divisible still, with more than one voxel in the bottleneck."""
+    parts = [p // d for p, d in zip(patch, divisor, strict=True)]
+    while math.prod(parts) * math.prod(divisor) > PROBE_VOXELS and math.prod(parts) > 3:
+        axis = parts.index(max(parts))
+        parts[axis] //= 2
+    z, y, x = (part * d for part, d in zip(parts, divisor, strict=True))
+    return z, y, x

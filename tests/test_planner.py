@@ -15,7 +15,7 @@ from autoseg.experiment_planning.fingerprint import IntensityStatistics, Mirrore
 from autoseg.experiment_planning.planner import MEMORY_SHARE, TARGET_STEPS, Notes, plan_experiment, target_spacing
 from autoseg.experiment_planning.timing import Speed, probe_speed
 from autoseg.labels import Labels
-from autoseg.plan import Budget, Plan, TrainingSettings
+from autoseg.plan import Architecture, Budget, Plan, TrainingSettings
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -308,6 +308,14 @@ def test_the_probe_times_real_steps_on_a_bounded_batch():
     assert speed.voxels <= 100_000
     assert speed.seconds_per_step(speed.width, 2 * speed.voxels) == pytest.approx(2 * speed.seconds)
     assert speed.seconds_per_step(2 * speed.width, speed.voxels) > 2 * speed.seconds
+
+
+def test_the_probe_keeps_more_than_one_voxel_in_the_bottleneck():
+    architecture = Architecture(1, 3, (2, 2), ((1, 1, 1), (32, 64, 64)), ((3, 3, 3),) * 2, (1, 1), (1,))
+    speed = probe_speed(
+        architecture, TWO, recipe=TrainingSettings().recipe, patch_size=(64, 64, 64), device=torch.device("cpu")
+    )
+    assert speed.voxels == 64**3
 
 
 # --- reasons

@@ -96,7 +96,6 @@ class StepMeter:
             self.state = build_training(architecture, labels, RECIPES[recipe])
         self.parameters = sum(p.numel() for p in self.state.network.parameters())
         self._update: _Update | None = None
-        self._before_update = 0
 
     def measure(self, batch_size: int, patch_size: Shape) -> MemoryEstimate:
         """What a step on a batch (batch_size, C, *patch_size) needs."""
@@ -104,46 +103,48 @@ class StepMeter:
             self.live.restart()
             image = torch.zeros((batch_size, self.channels, *patch_size))
             label = torch.zeros((batch_size, 1, *patch_size), dtype=torch.int16)
-            update = self._step(image, label)
-            data = image.untyped_storage().nbytes() + label.untyped_storage().nbytes()
+            peak = self._step(image, label)
+            if self._update is None:
+                raise AssertionError("the optimiser was never asked for its update")
         return MemoryEstimate(
-            peak_bytes=max(self._before_update, update.peak_bytes + data),
-            persistent_bytes=update.persistent_bytes,
+            peak_bytes=peak,
+            persistent_bytes=self._update.persistent_bytes,
             step_flops=self.live.flops,
             parameters=self.parameters,
         )
 
-    def _step(self, image: Tensor, label: Tensor) -> _Update:
-        """Forward and backward; the update itself, which neither batch nor patch changes, is measured once."""
+    def _step(self, image: Tensor, label: Tensor) -> int:
+        """The peak of one step; the update itself, which neither batch nor patch changes, is measured once."""
         state_before = _state_bytes(self.state)
-        reached: list[int] = []
+        peak_before = bytes_before = 0
 
-        def stop_before_update(*_: object) -> None:
-            reached.append(self.live.peak_bytes)
+        def note_and_stop(*_: object) -> None:
+            nonlocal peak_before, bytes_before
+            peak_before, bytes_before = self.live.peak_bytes, self.live.bytes
             if self._update is not None:
                 raise _Stop
-            self.live.peak_bytes = self.live.bytes
+            self.live.peak_bytes = bytes_before
 
-        hook = self.state.optimizer.register_step_pre_hook(stop_before_update)
+        hook = self.state.optimizer.register_step_pre_hook(note_and_stop)
         with contextlib.suppress(_Stop):
             training_step(self.state, image, label, precision=self.precision)
         hook.remove()
         # the first step ever runs without optimiser state, every later one with it
         made = _state_bytes(self.state) - state_before
-        self._before_update = reached[0] + made
         if self._update is None:
             data = image.untyped_storage().nbytes() + label.untyped_storage().nbytes()
-            self._update = _Update(self.live.peak_bytes - data, self.live.bytes - data)
-        return self._update
+            self._update = _Update(self.live.peak_bytes - bytes_before - made, self.live.bytes - data)
+        return made + max(peak_before, bytes_before + self._update.transient_bytes)
 
 
 @dataclass(frozen=True)
 class _Update:
-    """Of the optimiser's update; both without the batch's data."""
+    """Of the optimiser's update."""
 
-    peak_bytes: int
+    transient_bytes: int
+    """What it needs beyond what was there before it and the optimiser's state."""
     persistent_bytes: int
-    """After it."""
+    """Alive after it, without the batch."""
 
 
 class _Stop(Exception):

@@ -582,9 +582,20 @@ class Planner:
                 topology = smaller
                 if math.prod(topology.patch) <= max(voxels, 1):
                     break
-        each = estimate.moving_bytes / batch
-        most = int((self.machine.usable_bytes - estimate.persistent_bytes) / each)
-        return Size(topology, width, max(batch, min(most, self._largest_batch(build, topology))))
+        return Size(topology, width, self._batch_that_fits(build, Size(topology, width, batch)))
+
+    def _batch_that_fits(self, build: Builder, size: Size) -> int:
+        """About the largest batch that fits: two steps along the line through what was measured."""
+        most, usable = self._largest_batch(build, size.topology), self.machine.usable_bytes
+        estimate = self._measure_size(build, size)
+        each, batch, peak = estimate.moving_bytes / size.batch, size.batch, estimate.peak_bytes
+        for _ in range(2):
+            larger = min(most, batch + int((usable - peak) / each))
+            if larger <= batch:
+                break
+            found = self._measure_size(build, replace(size, batch=larger)).peak_bytes
+            each, batch, peak = (found - peak) / (larger - batch), larger, found
+        return batch
 
     def _fit_narrow(self, build: Builder, topology: Topology) -> Size:
         for width in WIDTHS[1:]:

@@ -59,7 +59,7 @@ def test_the_estimate_is_within_ten_percent_of_the_recorded_peak(step):
 def test_a_meter_gives_the_same_answer_whatever_it_measured_before():
     step = STEPS[0]
     used, fresh = meter_of(step), meter_of(step)
-    used.measure(5, (16, 16, 16))
+    used.measure(500, (16, 16, 16))
     assert used.measure(2, (16, 24, 16)) == fresh.measure(2, (16, 24, 16))
 
 

@@ -72,6 +72,14 @@ def test_well_known_datasets_get_what_nnunet_plans(fingerprint, gigabytes, expec
     assert {c.name: (c.patch_size, c.batch_size) for c in plan.configurations} == expected
 
 
+def test_the_batch_grows_until_the_memory_is_used():
+    plan = plan_by_memory(dataset((60, 90, 70), cases=484), 2, configurations=["2d"])
+    (c,) = plan.configurations
+    (forecast,) = plan.forecasts.values()
+    one_more = forecast.memory_bytes * (c.batch_size + 2) / c.batch_size
+    assert forecast.memory_bytes <= MEMORY_SHARE * 2 * GB < one_more
+
+
 def test_a_big_ct_gets_a_low_resolution_and_a_cascade_on_it():
     fingerprint = dataset((200, 300, 300), (1.0, 0.8, 0.8), cases=100, channels=("CT",))
     plan = plan_by_memory(fingerprint, 2)
@@ -87,9 +95,9 @@ def test_a_big_ct_gets_a_low_resolution_and_a_cascade_on_it():
     assert full.preprocessing.normalization[0].upper == 1.0
 
 
-@pytest.mark.parametrize("gigabytes", [1, 4, 12, 80])
+@pytest.mark.parametrize("gigabytes", [4, 80])
 def test_a_step_of_every_plan_fits_the_memory(gigabytes):
-    plan = plan_by_memory(dataset((120, 200, 200), (2.0, 1.0, 1.0), cases=300), gigabytes)
+    plan = plan_by_memory(dataset((120, 320, 320), (2.0, 1.0, 1.0), cases=300), gigabytes)
     for configuration in plan.configurations:
         assert plan.forecasts[configuration.name].memory_bytes <= MEMORY_SHARE * gigabytes * GB
 
@@ -107,7 +115,7 @@ def test_where_nothing_fits_one_sentence_says_what_is_needed():
         plan_by_memory(dataset(), 0.001)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=st.tuples(*(st.integers(1, 120) for _ in range(3))),
     spacing=st.tuples(*(st.floats(0.3, 6.0) for _ in range(3))),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +16,7 @@ from typing import TYPE_CHECKING
 from autoseg.dataset import RawDataset, list_cases
 from autoseg.errors import DatasetError, PlanError, StorageError
 from autoseg.executor import start_workers
-from autoseg.plan import Budget, Plan
+from autoseg.plan import Budget, Plan, PreprocessingSettings
 from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, Workspace
 
@@ -79,55 +83,77 @@ def plan_and_preprocess(
         dataset = RawDataset.load(Path(dataset_root))
     place = Workspace.of(dataset.root, workspace)
     _check_writable(place)
-    if keep_plan:
-        plan, _ = load_plan(dataset.root, workspace)
-    else:
-        plan = _plan(
-            dataset,
-            place,
-            gpu_memory_bytes=gpu_memory_bytes,
-            fold_seconds=fold_seconds,
-            configurations=configurations,
-            replan=replan,
-            device=device,
-            workers=workers,
-            drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
-        )
 
     from autoseg.preprocessing.run import preprocess
 
+    fill = functools.partial(
+        preprocess, dataset, workspace=place, workers=workers, drop_cases=list(dropped), progress=progress
+    )
+    filled: tuple[PreprocessingSettings, ...] = ()
+    if keep_plan:
+        plan, _ = load_plan(dataset.root, workspace)
+    else:
+        plan, filled = _plan(
+            dataset,
+            place,
+            Budget(gpu_memory_bytes or 0, fold_seconds or 0.0, device),
+            configurations=configurations,
+            replan=replan,
+            workers=workers,
+            drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
+            fill=fill,
+        )
     planned = [configuration.name for configuration in plan.configurations]  # a cascade brings its low resolution along
     names = tuple(configurations) if keep_plan and configurations else tuple(planned)
-    preprocess(dataset, plan, place, configurations=names, workers=workers, drop_cases=list(dropped), progress=progress)
+    left = [store for store in plan.stores(names) if store not in filled]
+    if left:
+        fill(left)
     return Planned(plan, place, names, dropped)
 
 
 def _plan(
     dataset: RawDataset,
     place: Workspace,
+    budget: Budget,
     *,
-    gpu_memory_bytes: int | None,
-    fold_seconds: float | None,
     configurations: Sequence[str] | None,
     replan: bool,
-    device: str,
     workers: int,
     drop_cases: Sequence[str],
-) -> Plan:
+    fill: Callable[..., None],
+) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
+    """The plan, and the stores that were filled while it was made."""
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
-    from autoseg.experiment_planning.planner import plan_experiment
+    from autoseg.experiment_planning.planner import first_stores, plan_experiment
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
-    budget = Budget(gpu_memory_bytes or 0, fold_seconds or 0.0, device)
     kept = None if replan else _plan_of_models(place)
     if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations):
         log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
-        return kept
-    plan = plan_experiment(fingerprint, budget, configurations=configurations)
+        return kept, ()
+    # networks are sized by one thread of this process; the other cores need not wait for it
+    early = first_stores(fingerprint, configurations) if workers > 1 else ()
+    with _beside(fill, early):
+        plan = plan_experiment(fingerprint, budget, configurations=configurations)
     _put_models_aside(plan, place, replan=replan)
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
-    return plan
+    return plan, early
+
+
+@contextlib.contextmanager
+def _beside(fill: Callable[..., None], stores: tuple[PreprocessingSettings, ...]) -> Iterator[None]:
+    """Fill `stores` in a thread beside what the `with` block does; the block's failure ends the filling."""
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        filling = thread.submit(fill, stores, stop=ended.is_set) if stores else None
+        try:
+            yield
+        except BaseException:
+            ended.set()
+            raise
+        if filling is not None:
+            filling.result()
 
 
 def _plan_of_models(place: Workspace) -> Plan | None:

@@ -12,6 +12,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,6 +218,11 @@ class Plan:
             if configuration.name == name:
                 return configuration
         raise PlanError(unknown_choice("Configuration", name, [c.name for c in self.configurations]))
+
+    def stores(self, configurations: Iterable[str] | None = None) -> tuple[PreprocessingSettings, ...]:
+        """The distinct preprocessings of these configurations (default: all). Raises PlanError for an unknown one."""
+        names = [c.name for c in self.configurations] if configurations is None else configurations
+        return tuple(dict.fromkeys(self.configuration(name).preprocessing for name in names))
 
     @property
     def id(self) -> str:

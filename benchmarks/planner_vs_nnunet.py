@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT)]
 
 from autoseg.experiment_planning import planner  # noqa: E402
 from autoseg.experiment_planning.fingerprint import Fingerprint, uniform_fingerprint  # noqa: E402
+from autoseg.experiment_planning.machine import MEMORY_SHARE  # noqa: E402
 from autoseg.experiment_planning.memory import training_memory  # noqa: E402
 from autoseg.labels import Labels  # noqa: E402
 from autoseg.plan import Budget, Configuration, Plan  # noqa: E402
@@ -185,7 +186,7 @@ def differences(ours: Configuration, peer: dict[str, Any] | None, plan: Plan) ->
             f"{volume_ratio(ours, peer):.2f} times the voxels."
         )
     theirs_gb, ours_gb = peer_bytes(ours, peer, plan) / 1e9, plan.forecasts[ours.name].memory_bytes / 1e9
-    limit = plan.budget.gpu_memory_bytes * planner.MEMORY_SHARE / 1e9
+    limit = plan.budget.gpu_memory_bytes * MEMORY_SHARE / 1e9
     if list(ours.patch_size[flat:]) != peer["patch_size"]:
         found.append(
             f"patch {sizes(ours.patch_size[flat:])} against {sizes(peer['patch_size'])}: nnU-Net's step needs "

@@ -6,32 +6,28 @@ of looked up, and on a slow machine the fold's time shapes width, batch and patc
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from autoseg.errors import PlanError, unknown_choice
 from autoseg.experiment_planning import topology as rules
 from autoseg.experiment_planning.fingerprint import Fingerprint
+from autoseg.experiment_planning.grid import GridRules, plan_grid
+from autoseg.experiment_planning.machine import GPU_FOLD_STEPS, MEMORY_SHARE, Machine, resolve_machine
+from autoseg.experiment_planning.notes import Notes, sizes
 from autoseg.experiment_planning.topology import Topology
 from autoseg.plan import (
     Architecture,
     Budget,
     Configuration,
-    Decision,
     Forecast,
-    Normalization,
     Plan,
     PreprocessingSettings,
     Shape,
     TrainingSettings,
     Vector,
-    to_json,
 )
 from autoseg.units import format_bytes, format_seconds
 
@@ -39,16 +35,8 @@ if TYPE_CHECKING:
     from autoseg.experiment_planning.memory import MemoryEstimate, StepMeter
     from autoseg.experiment_planning.timing import Speed
 
-log = logging.getLogger(__name__)
-
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade")
 
-# --- the budget
-GPU_TARGET_BYTES = 8 * 10**9  # training memory that is planned for where there is no GPU
-HOST_SHARE = 0.6  # of the host's memory that a training on the CPU may take; data loading needs some too
-MEMORY_SHARE = 0.9  # of the budget that a step may take; the rest is for the allocator's gaps and the CUDA context
-CPU_FOLD_SECONDS = 1800.0  # default fold time without a GPU: a coffee, not a weekend
-GPU_FOLD_STEPS = 50_000  # default length of a fold on a GPU; nnU-Net takes 250,000
 # --- what a fold's time should give
 WIDE_STEPS = 5000  # steps that a network wider than 16 must leave room for: it gains from long trainings alone
 TARGET_STEPS = 1500  # steps for which a big patch is made smaller
@@ -65,20 +53,7 @@ MIN_BATCH = {2: 12, 3: 2}  # smallest batch that the time may ask for; a 2D batc
 NARROWEST_WIDE_PATCH = 16  # below this width the patch shrinks first, down to ...
 SMALLEST_PATCH_VOXELS = {2: 160**2, 3: 48**3}  # ... so many voxels
 DATASET_SHARE = 0.05  # of the dataset's voxels that a batch may hold (nnU-Net's)
-# --- the data
-MASK_SHARE = 0.25  # of the voxels removed by cropping from which on z-scores are taken inside the mask (nnU-Net's)
 COMPRESSION = 0.7  # compressed by plain size of a float32 image and an int16 label in the store: an estimate
-NORMALIZATION_OF = {
-    "ct": "ct",
-    "nonorm": "none",
-    "none": "none",
-    "zscore": "zscore",
-    "rescale": "rescale",
-    "rescale_0_1": "rescale",
-    "rescale_to_0_1": "rescale",
-    "rgb_to_0_1": "rgb",
-}
-COLOURS = {"r", "g", "b", "red", "green", "blue"}
 
 
 def plan_experiment(
@@ -120,228 +95,32 @@ def plan_experiment(
         budget=machine.budget,
         configurations=tuple(finished.values()),
         forecasts=forecasts,
-        decisions=notes.of(finished),
+        decisions=notes.without(set(CONFIGURATIONS) - set(finished)),
         fingerprint=fingerprint.id,
     )
 
 
-class Notes:
-    """Every decision, in the order in which it was taken."""
+def first_stores(
+    fingerprint: Fingerprint, configurations: Sequence[str] | None = None
+) -> tuple[PreprocessingSettings, ...]:
+    """The stores that a plan will need whatever is measured: they can be filled while the networks are sized.
 
-    def __init__(self) -> None:
-        self._taken: dict[str, Decision] = {}
-
-    def add(self, name: str, value: Any, because: str, *, kind: str = "rule") -> None:
-        """Write down a decision; a later one of the same name takes its place."""
-        self._taken[name] = Decision(name, to_json(value), kind, because)
-
-    def of(self, planned: dict[str, Configuration]) -> tuple[Decision, ...]:
-        """Those that concern the dataset or a planned configuration."""
-        kept = [d for d in self._taken.values() if d.name.split(".")[0] not in set(CONFIGURATIONS) - set(planned)]
-        return tuple(kept)
-
-
-# --- the machine ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the plan is made for."""
-
-    budget: Budget
-    """With every default filled in; fold_seconds 0 where the fold is counted in steps."""
-    usable_bytes: int
-    """What a training step may take."""
-    precision: str
-    """Key of `memory.PRECISIONS`."""
-    timed: bool
-    """Whether steps are timed here, so that the fold's time can shape the plan."""
-
-
-def resolve_machine(budget: Budget, notes: Notes, *, probe: bool) -> Machine:
-    """Device, memory and fold time, with the reason of each."""
-    import torch
-
-    from autoseg.device import autocast_dtype, resolve_device
-
-    device = resolve_device(budget.device)
-    absent = device.type == "cpu" and budget.device == "auto" and budget.gpu_memory_bytes and not budget.fold_seconds
-    if absent:
-        name, precision = "gpu", "bf16"
-        notes.add("budget.device", name, "--gpu-memory was given and no GPU is here: planned for one elsewhere.")
-    else:
-        name, precision = str(device), "fp32" if autocast_dtype(device) is None else "bf16"
-        notes.add("budget.device", name, f"the best device here is {name}; a step computes in {precision}.")
-    memory = budget.gpu_memory_bytes
-    if memory:
-        because = f"{format_bytes(memory)} were given."
-    elif device.type == "cuda":
-        memory = int(torch.cuda.mem_get_info(device)[0])
-        because = f"the GPU has {format_bytes(memory)} free."
-    else:
-        host = host_memory_bytes()
-        memory = min(GPU_TARGET_BYTES, int(HOST_SHARE * host))
-        because = (
-            f"no GPU is here: {format_bytes(GPU_TARGET_BYTES)} is the target and {HOST_SHARE:.0%} of the host's "
-            f"{format_bytes(host)} the limit."
-        )
-    notes.add("budget.gpu_memory_bytes", memory, because)
-    seconds = budget.fold_seconds
-    if seconds:
-        because = f"{format_seconds(seconds)} a fold were given."
-    elif device.type == "cpu" and not absent:
-        seconds = CPU_FOLD_SECONDS
-        because = f"no GPU is here: {format_seconds(seconds)} a fold by default."
-    else:
-        because = f"a fold takes {GPU_FOLD_STEPS} steps by default."
-    notes.add("budget.fold_seconds", seconds, because)
-    usable = int(memory * MEMORY_SHARE)
-    return Machine(Budget(memory, seconds, name), usable, precision, probe and not absent)
-
-
-def host_memory_bytes() -> int:
-    """Memory of this machine, or of the container where that has less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 10**9
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
-
-
-# --- the grid ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GridRules:
-    """What all configurations share: how a raw case is turned and normalised."""
-
-    axis_order: Shape
-    spacing: Vector
-    """Full-resolution target (z, y, x) in mm after `axis_order`."""
-    normalization: tuple[Normalization, ...]
-    shapes: tuple[Shape, ...]
-    """Cropped cases after `axis_order`, on their own spacing."""
-    spacings: tuple[Vector, ...]
-    """Of the cases, after `axis_order`."""
-    mirror_axes: tuple[int, ...]
-
-    def median_shape(self, spacing: Sequence[float | None]) -> Shape:
-        """Median (z, y, x) of the cases on a target spacing; None leaves an axis as it is."""
-        found = np.median([self.shape_on(i, spacing) for i in range(len(self.shapes))], axis=0)
-        z, y, x = (max(1, round(float(v))) for v in found)
-        return z, y, x
-
-    def shape_on(self, case: int, spacing: Sequence[float | None]) -> Shape:
-        """Voxels of a case on a target spacing."""
-        own = self.spacings[case]
-        target = [o if t is None else t for t, o in zip(spacing, own, strict=True)]
-        return rules.resampled_shape(self.shapes[case], own, target)
-
-
-def plan_grid(fingerprint: Fingerprint, notes: Notes) -> GridRules:
-    """Axis order, target spacing, normalisation and mirroring."""
-    order = rules.coarsest_first(fingerprint.median_spacing, fingerprint.median_shape)
-    median = _ordered(fingerprint.median_spacing, order)
-    if fingerprint.dimensions == 2:
-        because = "the images are planes: the axis of length 1 comes first."
-    elif median[0] > 1.001 * max(median[1:]):
-        others = f"{median[1]:g} and {median[2]:g} mm"
-        because = f"canonical axis {'zyx'[order[0]]} is the coarsest: {median[0]:g} mm against {others}."
-    else:
-        because = f"no axis is coarser than the others ({_sizes(median)} mm): the canonical order stays."
-    notes.add("axis_order", order, because)
-    shapes = tuple(_ordered(case.shape, order) for case in fingerprint.cases)
-    spacings = tuple(_ordered(case.spacing, order) for case in fingerprint.cases)
-    spacing = target_spacing(spacings, shapes, dimensions=fingerprint.dimensions, notes=notes)
-    return GridRules(
-        axis_order=order,
-        spacing=spacing,
-        normalization=choose_normalization(fingerprint, notes),
-        shapes=shapes,
-        spacings=spacings,
-        mirror_axes=choose_mirroring(fingerprint, order, notes),
+    Raises PlanError as `plan_experiment` does.
+    """
+    notes = Notes()
+    grid = plan_grid(fingerprint, notes)
+    wanted = choose_configurations(fingerprint, grid, configurations, notes)
+    return tuple(
+        preprocessing_settings(grid, grid.spacing, dimensions=dimensions)
+        for name, dimensions in (("2d", 2), ("3d_fullres", 3))
+        if name in wanted
     )
 
 
-def target_spacing(spacings: Sequence[Vector], shapes: Sequence[Shape], *, dimensions: int, notes: Notes) -> Vector:
-    """The spacing of the full resolution: the median, finer along a strongly anisotropic axis (nnU-Net's rule)."""
-    table = np.asarray(spacings, dtype=float)
-    z, y, x = (float(f"{v:.6g}") for v in np.median(table, axis=0))
-    shape = np.median(shapes, axis=0)
-    finest_other = max(y, x)
-    strong = z > rules.ANISOTROPIC * finest_other and shape[0] * rules.ANISOTROPIC < min(shape[1:])
-    if dimensions == 3 and strong:
-        tenth = float(np.percentile(table[:, 0], rules.COARSE_PERCENTILE))
-        median, z = z, float(f"{max(tenth, finest_other):.6g}")
-        because = (
-            f"the axes in the plane take the median; along the slices, {median / finest_other:.1f} times coarser, the "
-            f"{rules.COARSE_PERCENTILE}th percentile of {len(table)} cases is {z:g} mm (median {median:g} mm), so that "
-            "fine cases lose little."
-        )
-    else:
-        because = f"the median of {len(table)} cases."
-    notes.add("spacing", (z, y, x), because)
-    return z, y, x
-
-
-def choose_normalization(fingerprint: Fingerprint, notes: Notes) -> tuple[Normalization, ...]:
-    """One scheme for each channel, chosen by the channel's name as nnU-Net does."""
-    chosen = []
-    names = {name.lower() for name in fingerprint.channels}
-    colours = fingerprint.dimensions == 2 and len(names) == 3 and names <= COLOURS
-    bright = max(statistics.percentile_99_5 for statistics in fingerprint.intensities)
-    masked = fingerprint.cropped_share >= MASK_SHARE
-    for index, name in enumerate(fingerprint.channels):
-        scheme = NORMALIZATION_OF.get(name.strip().lower())
-        if scheme:
-            because = f"the channel is named '{name}'."
-        elif colours and bright <= 255:
-            scheme = "rgb"
-            because = f"red, green and blue of a natural image with values up to {bright:g}: divided by 255."
-        elif masked:
-            scheme = "masked_zscore"
-            because = (
-                f"cropping to non-zero removes {fingerprint.cropped_share:.0%} of a median case: mean and standard "
-                "deviation are taken where the image is not zero."
-            )
-        else:
-            scheme = "zscore"
-            because = f"nothing is known about the intensities of '{name}': mean 0, standard deviation 1 in each image."
-        statistics = fingerprint.intensities[index]
-        if scheme == "ct":
-            entry = Normalization(
-                scheme, statistics.mean, statistics.std, statistics.percentile_00_5, statistics.percentile_99_5
-            )
-            because = (
-                f"the channel is named '{name}', so a value means the same in every case: clipped to the foreground's "
-                f"percentiles [{entry.lower:g}, {entry.upper:g}], mean {entry.mean:.4g} and deviation {entry.std:.4g}."
-            )
-        else:
-            entry = Normalization(scheme)
-        notes.add(f"normalization.{name}", scheme, because)
-        chosen.append(entry)
-    return tuple(chosen)
-
-
-def choose_mirroring(fingerprint: Fingerprint, order: Shape, notes: Notes) -> tuple[int, ...]:
-    """The network axes along which mirroring changes no label."""
-    parted = {order.index(pair.axis): pair for pair in fingerprint.mirrored_pairs}
-    axes = tuple(axis for axis in range(3) if axis not in parted)
-    if parted:
-        pair = next(iter(parted.values()))
-        because = (
-            f"'{pair.left}' and '{pair.right}' lie on two sides of axis {', '.join(map(str, parted))}: "
-            "a mirrored image would show them under the wrong name."
-        )
-    else:
-        because = "no labels are a left/right pair: mirroring changes none of them."
-    notes.add("mirror_axes", axes, because)
-    return axes
+def preprocessing_settings(grid: GridRules, spacing: Vector, *, dimensions: int) -> PreprocessingSettings:
+    """How cases are brought to `spacing`; slices stay as they are in 2D."""
+    target = (None, *spacing[1:]) if dimensions == 2 else spacing
+    return PreprocessingSettings(target, grid.axis_order, grid.normalization)
 
 
 def choose_configurations(
@@ -399,9 +178,9 @@ class Planner:
         like: Configuration | None = None,
     ) -> Configuration:
         """One configuration: its patch and batch as the memory allows, then width, batch and patch as the time does."""
-        target: tuple[float | None, float, float] = (None, *spacing[1:]) if dimensions == 2 else spacing
-        median = self.grid.median_shape(target)
-        self.notes.add(f"{name}.spacing", target, self._why_spacing(name, median))
+        preprocessing = preprocessing_settings(self.grid, spacing, dimensions=dimensions)
+        median = self.grid.median_shape(preprocessing.spacing)
+        self.notes.add(f"{name}.spacing", preprocessing.spacing, self._why_spacing(name, median))
         build = Builder(self.fingerprint, dimensions, previous_stage is not None, math.prod(median))
         in_plane, shape = spacing[3 - dimensions :], median[3 - dimensions :]
         start = rules.plan_topology(in_plane, rules.first_patch(in_plane, shape))
@@ -425,7 +204,7 @@ class Planner:
         return Configuration(
             name=name,
             topology="2d" if dimensions == 2 else "3d",
-            preprocessing=PreprocessingSettings(target, self.grid.axis_order, self.grid.normalization),
+            preprocessing=preprocessing,
             median_shape=median,
             patch_size=rules.as_volume(size.topology.patch),
             batch_size=size.batch,
@@ -472,7 +251,7 @@ class Planner:
             else:
                 low = self.plan("3d_lowres", spacing=spacing, dimensions=3)  # its reasons again
         because = "it was asked for" if requested else f"the full-resolution patch sees only {seen:.0%} of the image"
-        self.notes.add("lowres", True, f"{because}; on {_sizes(spacing)} mm it sees at least a quarter.")
+        self.notes.add("lowres", True, f"{because}; on {sizes(spacing)} mm it sees at least a quarter.")
         return low
 
     def _lowres_spacing(self, patch_voxels: int, full_voxels: int, *, at_least_half: bool) -> tuple[Vector, bool]:
@@ -702,11 +481,11 @@ class Planner:
     def _why_spacing(self, name: str, median: Shape) -> str:
         if name == "3d_lowres":
             return (
-                f"coarsened by 3 % at a time until the patch sees a quarter of the median image, here {_sizes(median)}."
+                f"coarsened by 3 % at a time until the patch sees a quarter of the median image, here {sizes(median)}."
             )
         if name == "2d":
-            return f"slices stay as they are, pixels take the target spacing; the median image is {_sizes(median)}."
-        return f"the target spacing; the median image is {_sizes(median)}."
+            return f"slices stay as they are, pixels take the target spacing; the median image is {sizes(median)}."
+        return f"the target spacing; the median image is {sizes(median)}."
 
     def _is_thick(self, name: str, spacing: Vector, size: Size) -> bool:
         patch = size.topology.patch
@@ -727,7 +506,7 @@ class Planner:
             f"{format_bytes(self.machine.budget.gpu_memory_bytes)}"
         )
         fold = self.machine.budget.fold_seconds
-        patch, median = _sizes(size.topology.patch), _sizes(shape)
+        patch, median = sizes(size.topology.patch), sizes(shape)
         seen = math.prod(min(p, m) for p, m in zip(size.topology.patch, shape, strict=True)) / math.prod(shape)
         fits = (
             f"patch {patch}: the median image {median} fits whole"
@@ -739,7 +518,7 @@ class Planner:
             f"{name}.patch_size",
             rules.as_volume(size.topology.patch),
             f"{fits}, and {needs}"
-            + (f"; {_sizes(limit.topology.patch)} would take too much of the fold's time." if shortened else "."),
+            + (f"; {sizes(limit.topology.patch)} would take too much of the fold's time." if shortened else "."),
         )
         timed = self.machine.timed and fold
         if timed and size.width < limit.width:
@@ -800,11 +579,3 @@ class Builder:
 
 def _seconds(speed: Speed, size: Size) -> float:
     return STEP_OVERHEAD * speed.seconds_per_step(size.width, size.batch * math.prod(size.topology.patch))
-
-
-def _ordered(values: Sequence[Any], order: Shape) -> Any:
-    return tuple(values[axis] for axis in order)
-
-
-def _sizes(values: Sequence[float]) -> str:
-    return "x".join(f"{v:g}" for v in values)

@@ -1,4 +1,4 @@
-"""Raw dataset + plan -> one store of preprocessed cases for each distinct preprocessing among the configurations.
+"""Raw dataset + preprocessing settings -> one store of preprocessed cases for each of them.
 
 Cases are worked on in parallel, one at a time in each worker, and read once for all stores. What is finished and
 still up to date is skipped, so that an interrupted run goes on where it stood.
@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from autoseg.errors import AutosegError, DatasetError, StorageError
 from autoseg.executor import map_cases
 from autoseg.files import storage_error
 from autoseg.labels import Labels
-from autoseg.plan import Plan, PreprocessingSettings, to_json
+from autoseg.plan import PreprocessingSettings, to_json
 from autoseg.preprocessing.case import find_geometry, preprocess_case
 from autoseg.preprocessing.store import ANNOTATED, Store, StoreEntry
 from autoseg.workspace import Workspace
@@ -37,30 +37,30 @@ SLAB_VOXELS = 2**20  # searched for foreground at a time: a few MB
 
 def preprocess(
     dataset: RawDataset,
-    plan: Plan,
+    stores: Iterable[PreprocessingSettings],
     workspace: Workspace,
     *,
-    configurations: Sequence[str] | None = None,
     workers: int = 1,
     drop_cases: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Preprocess every training case for every named configuration (default: all of the plan).
+    """Preprocess every training case for each of these settings; each names a store of the workspace.
 
-    `drop_cases` are left out. `progress(done, total)` is called after each case. Raises DatasetError naming every
-    broken case at once; the sound ones are finished by then, so that a second run only does what is missing.
+    `drop_cases` are left out. `progress(done, total)` is called after each case. `stop` is asked after each case; when
+    it says yes, the rest is left undone. Raises DatasetError naming every broken case at once; the sound ones are
+    finished by then, so that a second run only does what is missing.
     """
-    names = list(configurations or [configuration.name for configuration in plan.configurations])
-    targets = _targets(plan, workspace, names)
+    targets = [Target(workspace.store(settings), settings) for settings in stores]
     cases = [case for case in dataset.cases if case.identifier not in set(drop_cases)]
     for target in targets:
         _tidy(target, {case.identifier for case in cases})
-    todo = [(case, missing) for case in cases if (missing := _missing(case, targets, plan.labels))]
+    todo = [(case, missing) for case in cases if (missing := _missing(case, targets, dataset.labels))]
     log.info("preprocessing %d cases, %d are up to date", len(todo), len(cases) - len(todo))
     done = len(cases) - len(todo)
     broken: dict[str, Exception] = {}
     results = map_cases(
-        functools.partial(preprocess_and_store, dataset=_without_cases(dataset), labels=plan.labels),
+        functools.partial(preprocess_and_store, dataset=_without_cases(dataset), labels=dataset.labels),
         todo,
         workers=workers,
         names=[case.identifier for case, _ in todo],
@@ -76,6 +76,8 @@ def preprocess(
             done += 1
             if progress is not None:
                 progress(done, len(cases))
+            if stop():
+                return
     if broken:
         raise DatasetError(_broken_cases(broken))
 
@@ -148,12 +150,6 @@ def _sample(volume: NDArray[Any], mask: Callable[[NDArray[Any]], NDArray[np.bool
             parts.append(np.stack([z + index * planes, y, x], axis=1).astype(np.int32))
         before += count
     return np.concatenate(parts)
-
-
-def _targets(plan: Plan, workspace: Workspace, configurations: Sequence[str]) -> list[Target]:
-    """The distinct stores of these configurations."""
-    settings = [plan.configuration(name).preprocessing for name in configurations]
-    return list({s.store_id: Target(workspace.store(s), s) for s in settings}.values())
 
 
 def _tidy(target: Target, identifiers: set[str]) -> None:

@@ -79,7 +79,7 @@ class Project:
             decisions=(),
             fingerprint="none",
         )
-        preprocess(self.dataset, self.plan, self.workspace)
+        preprocess(self.dataset, self.plan.stores(), self.workspace)
         self.cases = [case.identifier for case in self.dataset.cases]
         self.folds = [self.cases[:2], self.cases[2:]]
         split = [{"train": self.folds[1 - k], "val": held_out} for k, held_out in enumerate(self.folds)]

@@ -9,10 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autoseg.errors import PlanError
-from autoseg.experiment_planning import planner
 from autoseg.experiment_planning.explain import explain
 from autoseg.experiment_planning.fingerprint import IntensityStatistics, MirroredPair, uniform_fingerprint
-from autoseg.experiment_planning.planner import MEMORY_SHARE, TARGET_STEPS, Notes, plan_experiment, target_spacing
+from autoseg.experiment_planning.grid import target_spacing
+from autoseg.experiment_planning.machine import CPU_FOLD_SECONDS, GPU_FOLD_STEPS, MEMORY_SHARE
+from autoseg.experiment_planning.notes import Notes
+from autoseg.experiment_planning.planner import TARGET_STEPS, plan_experiment
 from autoseg.experiment_planning.timing import Speed, probe_speed
 from autoseg.labels import Labels
 from autoseg.plan import Architecture, Budget, Plan, TrainingSettings
@@ -293,7 +295,7 @@ def test_a_long_fold_grows_the_batch_to_what_memory_allows(monkeypatch):
 
 def test_without_a_gpu_a_fold_takes_half_an_hour_by_default(monkeypatch):
     plan = timed(monkeypatch, 0.01, dataset(), 0.0)
-    assert plan.budget.fold_seconds == planner.CPU_FOLD_SECONDS
+    assert plan.budget.fold_seconds == CPU_FOLD_SECONDS
     assert "no GPU" in reason(plan, "budget.fold_seconds")
 
 
@@ -303,7 +305,7 @@ def test_memory_that_is_given_without_a_gpu_plans_for_one_elsewhere():
     assert plan.budget.device == "gpu"
     assert plan.forecasts[c.name].seconds_per_step == 0, "nothing was measured"
     assert "not measured" in reason(plan, f"{c.name}.forecast")
-    assert c.training.steps == planner.GPU_FOLD_STEPS
+    assert c.training.steps == GPU_FOLD_STEPS
 
 
 def test_the_probe_times_real_steps_on_a_bounded_batch():

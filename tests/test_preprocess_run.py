@@ -86,7 +86,7 @@ def test_every_case_is_in_the_store_of_every_configuration(tiny_dataset, workers
     dataset, plan, workspace = prepare(tiny_dataset(cases=3), FULL, FLAT)
     seen = []
     preprocess(
-        dataset, plan, workspace, configurations=["3d_fullres", "2d"], workers=workers,
+        dataset, plan.stores(["3d_fullres", "2d"]), workspace, workers=workers,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -114,16 +114,16 @@ def test_every_case_is_in_the_store_of_every_configuration(tiny_dataset, workers
 
 def test_only_the_configurations_that_are_asked_for_are_made(tiny_dataset):
     dataset, plan, workspace = prepare(tiny_dataset(cases=1), FULL, FLAT)
-    preprocess(dataset, plan, workspace, configurations=["2d"], workers=1)
+    preprocess(dataset, plan.stores(["2d"]), workspace, workers=1)
     assert Store(workspace.store(FLAT.preprocessing)).cases() == ("case_00",)
     assert not workspace.store(FULL.preprocessing).exists()
     with pytest.raises(PlanError, match="3d_lowres"):
-        preprocess(dataset, plan, workspace, configurations=["3d_lowres"], workers=1)
+        preprocess(dataset, plan.stores(["3d_lowres"]), workspace, workers=1)
 
 
 def test_stores_with_the_same_arrays_share_their_files(tiny_dataset):
     dataset, plan, workspace = prepare(tiny_dataset(cases=1, spacing=(1.0, 1.0, 1.0)), FULL, FLAT)
-    preprocess(dataset, plan, workspace, configurations=None, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     one, other = (workspace.store(c.preprocessing) / "case_00.image.b2nd" for c in (FULL, FLAT))
     assert one.samefile(other)
     assert Store(one.parent).entry("case_00").read("image").shape == (1, 12, 16, 14)
@@ -131,16 +131,16 @@ def test_stores_with_the_same_arrays_share_their_files(tiny_dataset):
 
 def test_a_second_run_changes_nothing(tiny_dataset):
     dataset, plan, workspace = prepare(tiny_dataset(cases=2), FULL)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     before = snapshot(workspace.root)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     assert snapshot(workspace.root) == before
 
 
 @pytest.mark.parametrize("damage", ["no record", "no array", "short array", "bad record"])
 def test_what_is_not_whole_is_made_again_and_the_rest_is_kept(tiny_dataset, damage):
     dataset, plan, workspace = prepare(tiny_dataset(cases=2), FULL)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     store = Store(workspace.store(FULL.preprocessing))
     before = snapshot(store.folder)
     record, array = store.folder / "case_01.json", store.folder / "case_01.label.b2nd"
@@ -152,7 +152,7 @@ def test_what_is_not_whole_is_made_again_and_the_rest_is_kept(tiny_dataset, dama
         array.unlink()
     else:
         array.write_bytes(array.read_bytes()[:50])
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     after = snapshot(store.folder)
     assert {name: content for name, (content, _) in after.items()} == {n: c for n, (c, _) in before.items()}
     assert all((before[name] == after[name]) == ("case_00" in name) for name in before)
@@ -160,12 +160,12 @@ def test_what_is_not_whole_is_made_again_and_the_rest_is_kept(tiny_dataset, dama
 
 def test_a_case_whose_files_changed_is_made_again(tiny_dataset):
     dataset, plan, workspace = prepare(tiny_dataset(cases=2), FULL)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     store = Store(workspace.store(FULL.preprocessing))
     label = read_image(dataset.cases[0].label)
     write_image(Image(np.where(label.array == 2, 1, label.array), label.grid), dataset.cases[0].label)
     before = snapshot(store.folder)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     assert store.entry("case_00").present == ("ball",)
     assert store.entry("case_01").present == ("ball", "core")
     assert before["case_01.json"] == snapshot(store.folder)["case_01.json"]
@@ -174,22 +174,22 @@ def test_a_case_whose_files_changed_is_made_again(tiny_dataset):
 def test_labels_that_mean_something_else_are_looked_at_again(tiny_dataset):
     root = tiny_dataset(cases=1)
     dataset, plan, workspace = prepare(root, FULL)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     content = json.loads((root / "dataset.json").read_text())
     content["labels"] = {"background": 0, "rim": 1, "heart": 2}
     (root / "dataset.json").write_text(json.dumps(content))
     dataset = RawDataset.load(root)
-    preprocess(dataset, plan_for(dataset, FULL), workspace, workers=1)
+    preprocess(dataset, plan_for(dataset, FULL).stores(), workspace, workers=1)
     assert Store(workspace.store(FULL.preprocessing)).entry("case_00").present == ("rim", "heart")
 
 
 def test_cases_that_left_the_dataset_and_partial_files_leave_the_store(tiny_dataset):
     dataset, plan, workspace = prepare(tiny_dataset(cases=3), FULL)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     store = Store(workspace.store(FULL.preprocessing))
     partial = store.folder / f".99{PARTIAL}.case_00.image.b2nd"
     partial.write_bytes(b"half")
-    preprocess(replace(dataset, cases=dataset.cases[:2]), plan, workspace, workers=1, drop_cases=["case_00"])
+    preprocess(replace(dataset, cases=dataset.cases[:2]), plan.stores(), workspace, workers=1, drop_cases=["case_00"])
     assert store.cases() == ("case_01",)
     assert {path.name.split(".")[0] for path in store.folder.iterdir()} == {"case_01"}
 
@@ -205,10 +205,10 @@ def test_broken_cases_are_all_named_and_the_sound_ones_finished(tiny_dataset, wo
     )
     dataset, plan, workspace = prepare(root, FULL)
     with pytest.raises(DatasetError, match=r"2 cases(.|\n)*case_01(.|\n)*case_03"):
-        preprocess(dataset, plan, workspace, workers=workers)
+        preprocess(dataset, plan.stores(), workspace, workers=workers)
     store = Store(workspace.store(FULL.preprocessing))
     assert store.cases() == ("case_00", "case_02")
-    preprocess(dataset, plan, workspace, workers=workers, drop_cases=("case_01", "case_03"))
+    preprocess(dataset, plan.stores(), workspace, workers=workers, drop_cases=("case_01", "case_03"))
     assert store.cases() == ("case_00", "case_02")
 
 
@@ -216,7 +216,7 @@ def test_an_unwritable_workspace_is_refused_in_a_sentence(tiny_dataset, tmp_path
     dataset, plan, _ = prepare(tiny_dataset(cases=1), FULL)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        preprocess(dataset, plan, Workspace(tmp_path / "file" / "inside"), workers=1)
+        preprocess(dataset, plan.stores(), Workspace(tmp_path / "file" / "inside"), workers=1)
 
 
 def test_a_full_disk_stops_the_run(tiny_dataset, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_full_disk_stops_the_run(tiny_dataset, monkeypatch):
 
     monkeypatch.setattr(Store, "write", full)
     with pytest.raises(StorageError, match="disk is full"):
-        preprocess(dataset, plan, workspace, workers=1)
+        preprocess(dataset, plan.stores(), workspace, workers=1)
 
 
 def test_a_killed_run_goes_on_where_it_stood(tiny_dataset, tmp_path):
@@ -239,7 +239,7 @@ def test_a_killed_run_goes_on_where_it_stood(tiny_dataset, tmp_path):
         "import sys; from pathlib import Path; from autoseg.dataset import RawDataset; from autoseg.plan import Plan\n"
         "from autoseg.preprocessing.run import preprocess; from autoseg.workspace import Workspace\n"
         "root = Path(sys.argv[1])\n"
-        "preprocess(RawDataset.load(root), Plan.load(Path(sys.argv[2])), Workspace.of(root), workers=2)"
+        "preprocess(RawDataset.load(root), Plan.load(Path(sys.argv[2])).stores(), Workspace.of(root), workers=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(root), str(plan_file)], cwd=ROOT)
     store = Store(workspace.store(FULL.preprocessing))
@@ -251,7 +251,7 @@ def test_a_killed_run_goes_on_where_it_stood(tiny_dataset, tmp_path):
     time.sleep(0.3)  # its workers end by themselves
     finished = {case: os.stat(store.folder / f"{case}.json").st_mtime_ns for case in store.cases()}
     assert finished
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     assert len(store.cases()) == 12
     assert all(os.stat(store.folder / f"{case}.json").st_mtime_ns == when for case, when in finished.items())
     assert not [path for path in store.folder.iterdir() if PARTIAL in path.name]
@@ -265,7 +265,7 @@ def test_one_worker_holds_one_case(tiny_dataset, monkeypatch):
     read, write = run.read_case, Store.write
     monkeypatch.setattr(run, "read_case", lambda *a: (order.append("read"), read(*a))[1])
     monkeypatch.setattr(Store, "write", lambda *a, **k: (order.append("write"), write(*a, **k))[1])
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     assert order == ["read", "write"] * 4
 
 
@@ -296,7 +296,7 @@ def test_foreground_of_big_structures_is_a_fixed_even_sample(monkeypatch):
 def test_planes_and_colours_are_preprocessed(tiny_dataset):
     root = tiny_dataset(cases=2, shape=(1, 20, 24), ending=".png", channels=("grey",), spacing=(1.0, 1.0, 1.0))
     dataset, plan, workspace = prepare(root, FLAT)
-    preprocess(dataset, plan, workspace, workers=1)
+    preprocess(dataset, plan.stores(), workspace, workers=1)
     assert Store(workspace.store(FLAT.preprocessing)).entry("case_00").shape == (1, 20, 24)
 
 
@@ -304,7 +304,7 @@ def test_real_cases_come_back_bit_by_bit(shared_data, tmp_path):
     dataset = RawDataset.load(shared_data / "Dataset004_Hippocampus")
     dataset = replace(dataset, cases=dataset.cases[:6])
     workspace = Workspace(tmp_path)
-    preprocess(dataset, plan_for(dataset, FULL, FLAT), workspace, workers=1)
+    preprocess(dataset, plan_for(dataset, FULL, FLAT).stores(), workspace, workers=1)
     store = Store(workspace.store(FULL.preprocessing))
     for case in dataset.cases:
         entry = store.entry(case.identifier)

@@ -97,7 +97,7 @@ def with_recipe(plan: Plan, recipe: str) -> Plan:
 def preprocessed(dataset: Path, plan: Plan, workspace: Path) -> Workspace:
     """The workspace of a raw dataset, its store filled by the real preprocessing."""
     place = Workspace(workspace)
-    preprocess(RawDataset.load(dataset), plan, place)
+    preprocess(RawDataset.load(dataset), plan.stores(), place)
     return place
 
 

@@ -64,10 +64,16 @@ def command(name: str, short: str) -> Callable[[Callable[..., int]], Callable[..
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> None:
             from autoseg.screen import Screen
+            from autoseg.units import parse_device
 
             screen = Screen(verbose=kwargs["verbose"], quiet=kwargs["quiet"])
             SCREEN.set(screen)
-            raise typer.Exit(_status(functools.partial(function, *args, **kwargs), screen))
+
+            def run() -> int:
+                parse_device(kwargs["device"])  # refused even where the command computes nothing
+                return function(*args, **kwargs)
+
+            raise typer.Exit(_status(run, screen))
 
         app.command(name, short_help=short)(guarded)
         return function
@@ -360,7 +366,8 @@ def predict(
         Path, typer.Argument(help="Folder for the label maps; a file for a single image.", metavar="OUTPUT")
     ],
     model: Annotated[
-        Path, typer.Option("--model", metavar="MODEL", help="models/CONFIGURATION (its finished folds), or one fold.")
+        Path,
+        typer.Option("--model", metavar="MODEL", help="An exported folder or zip, models/CONFIGURATION, or one fold."),
     ],
     folds: Annotated[
         Optional[str],  # noqa: UP045
@@ -468,6 +475,43 @@ def evaluate(
     if json_file is not None:
         evaluation.save(json_file)
     return _complain(screen, evaluation.problems(), nothing=not evaluation.cases)
+
+
+@command("export", "Pack trained folds into one portable model.")
+def export(
+    dataset: DatasetArgument,
+    output: Annotated[Path, typer.Argument(help="A new file MODEL.zip, or a new folder.", metavar="OUTPUT")],
+    configuration: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--configuration", metavar="NAME", help="Which one. [default: the one that is trained]"),
+    ] = None,
+    folds: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--folds", metavar="K,L", help="Only these folds. [default: all that are finished]"),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--licence", metavar="TEXT", help="The terms under which the weights may be used.")
+    ] = "not stated",
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Pack the finished folds of a configuration into one portable model, for `autoseg predict --model` anywhere.
+
+    \b
+    Example:
+      autoseg export data/Dataset004_Hippocampus hippocampus.zip --licence "CC-BY-SA 4.0"
+    """
+    from autoseg.inference.package import export_model
+    from autoseg.pipeline import load_plan, trained_configuration
+
+    plan, place = load_plan(dataset, workspace)
+    name = configuration or trained_configuration(plan, place)
+    plan.configuration(name)
+    chosen = [fold.strip() for fold in folds.split(",")] if folds else ()
+    SCREEN.get().say(f"{export_model(place, name, output, folds=chosen, licence=licence)}")
+    return DONE
 
 
 @command("demo", "The whole story on a synthetic dataset.")

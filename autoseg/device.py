@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-from autoseg.errors import PlanError, unknown_choice
+from autoseg.errors import PlanError
+from autoseg.units import parse_device
 
 
 def resolve_device(name: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. Raises PlanError where it is not there."""
-    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", name):
-        raise PlanError(unknown_choice("Device", name, ("auto", "cpu", "cuda", "cuda:0", "mps")))
-    kind, _, index = name.partition(":")
+    kind, _, index = parse_device(name).partition(":")
     if kind == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -80,7 +80,7 @@ def plan_and_preprocess(
     if drop_broken:
         dataset, dropped = _without_broken_cases(Path(dataset_root), workers=workers)
     else:
-        dataset = RawDataset.load(Path(dataset_root))
+        dataset = _whole_dataset(Path(dataset_root), workers=workers)
     place = Workspace.of(dataset.root, workspace)
     _check_writable(place)
 
@@ -201,6 +201,21 @@ def load_plan(dataset_root: Path, workspace: Path | None = None) -> tuple[Plan, 
     return plan, place
 
 
+def trained_configuration(plan: Plan, place: Workspace) -> str:
+    """The configuration of which folds are trained, if there is one; a cascade counts for both of its stages.
+
+    Raises PlanError where there is none, or several that must be chosen from.
+    """
+    trained = [c for c in plan.configurations if list(place.fold(c.name, "0").parent.glob(f"fold_*/{CHECKPOINT}"))]
+    stages = {c.previous_stage for c in trained}
+    names = [c.name for c in trained if c.name not in stages]
+    if not names:
+        raise PlanError(f"{place.root}: no fold is trained yet; run `autoseg train-fold` first.")
+    if len(names) > 1:
+        raise PlanError(f"{place.root}: several configurations are trained; choose one of {', '.join(names)}.")
+    return names[0]
+
+
 def _shown(value: object) -> str:
     names = getattr(value, "names", value)
     return ", ".join(map(str, names)) if isinstance(names, tuple) else str(names)
@@ -233,6 +248,22 @@ def _put_models_aside(plan: Plan, place: Workspace, *, replan: bool) -> None:
     except OSError as error:
         raise StorageError(f"{models}: cannot be put aside ({error.strerror}).") from error
     log.warning("The models of the plan before are in %s now.", aside)
+
+
+def _whole_dataset(root: Path, *, workers: int) -> RawDataset:
+    """The dataset, if no file is missing; else every broken case is named at once, those with damaged files too."""
+    listing = list_cases(root)
+    if listing.problems:
+        from autoseg.experiment_planning.verify import verify_dataset
+
+        errors = verify_dataset(root, workers=workers).errors
+        broken = {problem.case for problem in errors if problem.case}
+        sentences = "\n".join(f"  {problem.sentence}" for problem in errors)
+        raise DatasetError(
+            f"{root}: {len(broken)} of {len(listing.dataset.cases) + len(listing.problems)} training cases cannot be "
+            f"used; add or repair their files, or leave them out with --drop-cases:\n{sentences}"
+        )
+    return RawDataset.load(root)
 
 
 def _without_broken_cases(root: Path, *, workers: int) -> tuple[RawDataset, dict[str, str]]:

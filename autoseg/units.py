@@ -1,11 +1,11 @@
-"""Sizes and durations: "8GB", "1h30m" as a user writes them <-> bytes, seconds."""
+"""Sizes, durations, devices: "8GB", "1h30m", "cuda:1" as a user writes them -> checked values; and the way back."""
 
 from __future__ import annotations
 
 import math
 import re
 
-from autoseg.errors import PlanError
+from autoseg.errors import PlanError, unknown_choice
 
 # "8 GB" on a graphics card's box is 8 GiB, but a plan for 8e9 bytes fits either reading
 BYTES = {
@@ -49,6 +49,13 @@ def parse_seconds(text: str, *, option: str) -> float:
     if seconds <= 0:
         raise PlanError(f"{option} {text}: the duration must be above zero, such as 30m, 1h30m or 90s.")
     return seconds
+
+
+def parse_device(name: str) -> str:
+    """The name of a device, if it can be one: auto, cpu, cuda, cuda:N or mps. Raises PlanError."""
+    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", name):
+        raise PlanError(unknown_choice("Device", name, ("auto", "cpu", "cuda", "cuda:0", "mps")))
+    return name
 
 
 def parse_part(text: str, *, option: str) -> tuple[int, int]:

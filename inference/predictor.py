@@ -19,6 +19,7 @@ from autoseg.errors import CheckpointError, PredictionError
 from autoseg.image import Grid, Image, Triple, image_ending
 from autoseg.inference.ensemble import average_logits
 from autoseg.inference.export import export_labels, export_probabilities
+from autoseg.inference.package import is_packed, unpacked
 from autoseg.inference.sliding_window import MAX_RAM_BYTES, sliding_window_logits
 from autoseg.networks import UNet
 from autoseg.plan import Configuration, Plan
@@ -204,7 +205,7 @@ def _mirror_axes(configuration: Configuration, settings: PredictionSettings) -> 
 
 
 def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] = ()) -> Model:
-    """The model at `path`: one fold's folder, `models/CONFIGURATION` with its finished folds, or an exported folder.
+    """The model at `path`: one fold's folder, `models/CONFIGURATION` (its finished folds), an exported folder or zip.
 
     `folds` keeps only the named ones ("0", "all"); by default all finished ones are averaged, and one whose training
     was stopped or still runs is left out, unless there is no other. The previous stage of a
@@ -212,6 +213,9 @@ def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] =
     sound model, or its folds are of different plans.
     """
     where = Path(path)
+    if is_packed(where):
+        with unpacked(where) as folder:
+            return load_model(folder / MODELS, device, folds=folds)
     configuration_folder, files = _checkpoint_files(where)
     if folds:
         files = _chosen_folds(files, folds, where)

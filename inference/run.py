@@ -140,6 +140,8 @@ def find_tasks(input: Path, output: Path, *, model: Model) -> list[PredictTask]:
             "output folder."
         )
     to_file = image_ending(output) is not None and not output.is_dir()
+    if input.is_file() and not to_file and output.suffix[1:].isalpha() and not output.exists():
+        raise PredictionError(f"{output}: not a known image format; give a file such as CASE.nii.gz, or a folder.")
     if to_file and len(found) > 1:
         raise PredictionError(f"{output}: is one file, but {input} holds {len(found)} cases; give a folder as output.")
     tasks = []

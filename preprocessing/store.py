@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,11 @@ class StoreEntry:
 
     def is_whole(self) -> bool:
         """Whether every file is there and has the size that was written; contents are checked when they are read."""
-        try:
-            return all((self.folder / a.file).stat().st_size == a.size_bytes for a in self.arrays.values())
-        except OSError:
-            return False
+        return not self.broken_files()
+
+    def broken_files(self) -> tuple[str, ...]:
+        """The names of the files that are missing or have another size than was written."""
+        return tuple(a.file for a in self.arrays.values() if _size(self.folder / a.file) != a.size_bytes)
 
     def _slice(self, name: str, box: tuple[slice, ...]) -> NDArray[Any]:
         stored = self.arrays[name]
@@ -163,6 +164,16 @@ class Store:
         except OSError as unreadable:
             raise _damaged(case, path, unreadable) from unreadable
         return _read_entry(path, case, changed)
+
+    def require_whole(self, cases: Iterable[str]) -> None:
+        """Refuse a store in which files of these cases are missing or cut off. Raises StorageError naming them all."""
+        broken = {case: files for case in sorted(cases) if (files := self.entry(case).broken_files())}
+        if broken:
+            named = "; ".join(f"case {case}: {', '.join(files)}" for case, files in broken.items())
+            raise StorageError(
+                f"{self.folder}: files of {len(broken)} cases are missing or have another size than was written "
+                f"({named}); run `autoseg plan-and-preprocess` again to make them anew."
+            )
 
     def write(
         self,
@@ -245,6 +256,14 @@ class Store:
                 return _describe(written, temporary, path.name)
             except RuntimeError as error:
                 raise _write_error(path, array.nbytes, error) from error
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _partition(array: NDArray[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:

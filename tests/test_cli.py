@@ -325,6 +325,21 @@ def test_broken_training_data_is_refused_naming_case_and_file(
     assert stored == {"case_00", "case_02"}
 
 
+def test_incomplete_and_damaged_cases_are_named_together(tiny_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    root = tiny_dataset(cases=4)
+    (root / "labelsTr/case_00.nii.gz").unlink()
+    truncate(root / "imagesTr/case_02_0000.nii.gz")
+    answer = autoseg("plan-and-preprocess", root, "--workspace", tmp_path, "--workers", 1)
+    answer.refused("2 of 4 training cases", "case_00.nii.gz is missing", "case_02_0000.nii.gz", "--drop-cases")
+
+
+@pytest.mark.parametrize("command", ["verify", "explain"])
+def test_a_device_that_cannot_be_is_refused_even_where_nothing_is_computed(
+    tiny_dataset: Callable[..., Path], command: str
+) -> None:
+    autoseg(command, tiny_dataset(cases=1), "--device", "nonsense").refused("Device 'nonsense' is not known")
+
+
 def test_verify_finds_the_broken_case_and_says_so_by_its_status(tiny_dataset: Callable[..., Path]) -> None:
     root = tiny_dataset(cases=3)
     assert autoseg("verify", root, "--workers", 1).status == 0

@@ -189,6 +189,8 @@ def test_input_that_cannot_be_predicted_at_all_is_refused(tmp_path):
     write_scan(tmp_path / "in" / "b.nii.gz")
     with pytest.raises(PredictionError, match="holds 2 cases"):
         predict_files(model, tmp_path / "in", tmp_path / "out.nii.gz")
+    with pytest.raises(PredictionError, match="out.jpg: not a known image format"):
+        predict_files(model, tmp_path / "in" / "a.nii.gz", tmp_path / "out.jpg")
     with pytest.raises(PredictionError, match="overwrite"):
         predict_files(model, tmp_path / "in" / "a.nii.gz", tmp_path / "in")
     write_scan(tmp_path / "raw" / "a_0000.nii.gz")

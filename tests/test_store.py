@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from dataclasses import replace
@@ -125,6 +126,17 @@ def test_a_truncated_file_is_refused_naming_case_and_file(fresh, name):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(StorageError, match=rf"Case liver_07: .*liver_07\.{name}\.b2nd.* bytes"):
         read_everything(fresh)
+
+
+def test_every_case_with_a_broken_file_is_named_at_once(tmp_path, arrays):
+    store = Store(tmp_path / "store")
+    for case in ("a", "b", "c"):
+        store.write(case, arrays, geometry(), {})
+    os.truncate(store.folder / "a.image.b2nd", 100)
+    (store.folder / "c.label.b2nd").unlink()
+    store.require_whole(["b"])
+    with pytest.raises(StorageError, match=r"2 cases .*case a: a\.image\.b2nd; case c: c\.label\.b2nd"):
+        store.require_whole(["a", "b", "c"])
 
 
 def test_a_missing_file_is_refused_naming_case_and_file(fresh):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoseg.errors import PlanError
-from autoseg.units import format_bytes, format_seconds, parse_bytes, parse_part, parse_seconds
+from autoseg.units import format_bytes, format_seconds, parse_bytes, parse_device, parse_part, parse_seconds
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,13 @@ def test_a_part_is_one_of_its_parts(text: str) -> None:
     assert parse_part("2/4", option="--part") == (2, 4)
     with pytest.raises(PlanError, match="--part .*k/n"):
         parse_part(text, option="--part")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_devices_that_cannot_be_are_refused(name: str) -> None:
+    assert parse_device("cuda:1") == "cuda:1"
+    with pytest.raises(PlanError, match=f"Device '{name}' is not known; choose one of auto, cpu, cuda"):
+        parse_device(name)
 
 
 def test_sizes_are_shown_with_two_figures_or_three() -> None:

@@ -29,6 +29,7 @@ from autoseg.training.history import History, Row, draw_curve
 from autoseg.training.schedule import in_decay, learning_rate_factor
 from autoseg.training.settings import (
     HISTORY_ROWS,
+    MOST_UNSAVED_SECONDS,
     RECIPES,
     SAVE_SECONDS,
     SAVE_SHARE,
@@ -131,6 +132,7 @@ def train_fold(
     if not cases:
         raise StorageError(f"{store.folder}: no preprocessed case is there; run `autoseg plan-and-preprocess` first.")
     split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
+    store.require_whole((*split.train, *split.validation))
     earlier = _previous_stage(settings, previous, (*split.train, *split.validation))
     training = Samples(store, split.train, settings, plan.labels, seed=seed, previous=earlier)
     held_out = Samples(
@@ -221,8 +223,9 @@ def _optimise(
                     validating += clock() - start
                     dice = _mean(by_class)
                 run.history.append(Row(state.step, run.elapsed, progress, rate, loss, _mean(by_class), by_class))
-            due = run.elapsed - last_save >= SAVE_SECONDS and progress - last_saved_progress >= SAVE_SHARE
-            if due:
+            unsaved = run.elapsed - last_save
+            due = unsaved >= SAVE_SECONDS and progress - last_saved_progress >= SAVE_SHARE
+            if due or unsaved >= MOST_UNSAVED_SECONDS:
                 run.save()
                 last_save, last_saved_progress = run.elapsed, progress
             if on_step is not None:

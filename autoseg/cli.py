@@ -210,6 +210,14 @@ def plan_and_preprocess(
     keep_plan: Annotated[
         bool, typer.Option("--keep-plan", help="Preprocess for the plan.json that is there, edited by hand or not.")
     ] = False,
+    group_by: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--group-by",
+            metavar="FILE",
+            help="Cases of one patient share a fold: a JSON of case: patient, or prefix: only the last part differs.",
+        ),
+    ] = None,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
@@ -237,6 +245,7 @@ def plan_and_preprocess(
             drop_broken=drop_cases,
             replan=replan,
             keep_plan=keep_plan,
+            group_by=group_by,
             device=device,
             workers=_cores(workers),
             progress=progress,

@@ -65,6 +65,7 @@ def plan_and_preprocess(
     drop_broken: bool = False,
     replan: bool = False,
     keep_plan: bool = False,
+    group_by: str | None = None,
     device: str = "auto",
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -72,8 +73,9 @@ def plan_and_preprocess(
     """Fingerprint, plan and store of a raw dataset; what is there already and still right is not made again.
 
     `drop_broken` leaves broken cases out instead of refusing the dataset. A plan that would change under trained models
-    is refused unless `replan`, which puts them aside. `keep_plan` preprocesses for the plan.json that is there. Raises
-    DatasetError, PlanError, StorageError.
+    is refused unless `replan`, which puts them aside. `keep_plan` preprocesses for the plan.json that is there.
+    `group_by` names what must not be parted by a fold: a JSON file of case: patient, or "prefix" for cases whose names
+    differ in their last part alone. Raises DatasetError, PlanError, StorageError.
     """
     start_workers(workers)  # they import while this process does
     dropped: dict[str, str] = {}
@@ -101,6 +103,7 @@ def plan_and_preprocess(
             replan=replan,
             workers=workers,
             drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
+            group_by=group_by,
             fill=fill,
         )
     planned = [configuration.name for configuration in plan.configurations]  # a cascade brings its low resolution along
@@ -120,10 +123,12 @@ def _plan(
     replan: bool,
     workers: int,
     drop_cases: Sequence[str],
+    group_by: str | None,
     fill: Callable[..., None],
 ) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
     """The plan, and the stores that were filled while it was made."""
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
+    from autoseg.experiment_planning.folds import write_folds
     from autoseg.experiment_planning.planner import first_stores, plan_experiment
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
@@ -136,6 +141,7 @@ def _plan(
     with _beside(fill, early):
         plan = plan_experiment(fingerprint, budget, configurations=configurations)
     _put_models_aside(plan, place, replan=replan)
+    write_folds(dataset.root, fingerprint, place.folds, group_by=group_by)
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
     return plan, early

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -66,6 +67,8 @@ class CaseFingerprint:
     """Connected components (26 neighbours) of each structure."""
     class_centroids_mm: tuple[Vector | None, ...]
     """Centre (z, y, x) of each structure in mm from the cropped corner; None where the case does not have it."""
+    image_checksum: int = 0
+    """CRC-32 of the voxels: equal in cases whose images are the same, which must not be parted by a fold."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,7 @@ def measure_case(case: Case, *, dataset: RawDataset, quota: int, class_quota: in
             class_centroids_mm=tuple(
                 None if s.centroid is None else _millimetres(s.centroid, spacing) for s in structures
             ),
+            image_checksum=zlib.crc32(np.ascontiguousarray(image.array).data),
         ),
         dimensions=2 if min(before) == 1 else 3,
         foreground=_draw(pixels, np.isin(mask, dataset.labels.foreground_values), quota, random),

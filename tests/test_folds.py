@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
 from autoseg.errors import PlanError
-from autoseg.training.folds import Fold, load_or_make_folds, make_folds, select_fold
+from autoseg.training.folds import (
+    Fold,
+    load_or_make_folds,
+    look_like_repeated_patients,
+    make_folds,
+    read_groups,
+    select_fold,
+)
 
 CASES = [f"case_{i:03d}" for i in range(12)]
 
@@ -40,6 +47,7 @@ def test_the_folds_of_twelve_cases_never_change() -> None:
     assert held_out == [[0, 3, 8], [7, 10, 11], [6, 9], [1, 4], [2, 5]]  # by nnU-Net 2.8.1
 
 
+@settings(deadline=None)
 @given(st.integers(2, 60))
 def test_every_case_is_held_out_once_and_never_trained_on_then(count: int) -> None:
     cases = [f"c{i}" for i in range(count)]
@@ -132,3 +140,62 @@ def test_a_fold_is_chosen_by_its_number_or_all() -> None:
 def test_a_fold_that_is_not_there_is_refused_with_the_choices(name: str) -> None:
     with pytest.raises(PlanError, match=f"Fold '{name}' is not there; choose one of 0 to 4, or all"):
         select_fold(make_folds(CASES), name, CASES)
+
+
+# ---- patients, and classes that few cases show
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 8), min_size=6, max_size=40).filter(lambda patients: len(set(patients)) > 1))
+def test_no_patient_is_on_both_sides_of_a_fold(patients: list[int]) -> None:
+    cases = [f"case_{i:02d}" for i in range(len(patients))]
+    belongs = {case: f"p{patient}" for case, patient in zip(cases, patients, strict=True)}
+    folds = make_folds(cases, groups=belongs)
+    assert sorted(case for fold in folds for case in fold.validation) == cases
+    for fold in folds:
+        assert not {belongs[case] for case in fold.train} & {belongs[case] for case in fold.validation}
+
+
+def test_groups_of_one_case_each_change_nothing() -> None:
+    assert make_folds(CASES, groups={case: case for case in CASES}) == make_folds(CASES)
+
+
+def test_a_class_that_few_cases_show_is_held_out_by_every_fold() -> None:
+    cases = [f"case_{i:02d}" for i in range(50)]
+    rare = {case for fold in make_folds(cases)[:2] for case in sorted(fold.validation)[:3]}  # of two folds alone
+    shows = {case: {"liver", "tumour"} if case in rare else {"liver"} for case in cases}
+    folds = make_folds(cases, shows=shows)
+    assert all(rare & set(fold.validation) for fold in folds)
+    common = {case: {"liver"} for case in cases}
+    assert make_folds(cases, shows=common) == make_folds(cases)
+
+
+@pytest.mark.parametrize(
+    ("names", "repeated"),
+    [
+        ([f"patient{p:03d}_frame{f:02d}" for p in range(20) for f in (1, 12)], True),
+        ([f"hippocampus_{i:03d}" for i in range(200)], False),
+        ([f"site{s}_{i:03d}" for s in range(5) for i in range(40)], False),
+        ([f"scan{i}" for i in range(30)], False),
+    ],
+)
+def test_names_of_patients_with_several_cases_are_recognised(names: list[str], repeated: bool) -> None:
+    assert look_like_repeated_patients(names) == repeated
+
+
+def test_groups_are_read_from_an_object_or_its_entry(tmp_path: Path) -> None:
+    path = tmp_path / "groups.json"
+    for content in ({"case_000": "p1", "case_001": 7}, {"groups": {"case_000": "p1", "case_001": 7}}):
+        path.write_text(json.dumps(content))
+        assert read_groups(path, CASES) == {"case_000": "p1", "case_001": "7"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(["case_000"], "object of case: patient"), ({"case_999": "p1"}, "does not have: case_999")],
+)
+def test_groups_that_fit_no_case_are_refused(tmp_path: Path, content: Any, sentence: str) -> None:
+    path = tmp_path / "groups.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=sentence):
+        read_groups(path, CASES)

@@ -16,9 +16,11 @@ PARTIAL = ".partial"  # marks a file that is being written; never read, removed 
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it fails.
 
+    `durable` waits until the content is on the disk, so that not even a power failure leaves a file that is empty:
+    milliseconds, which count where a file is small, one of thousands, and has a checksum that tells.
     The temporary name keeps the endings of `path` (`CASE.nii.gz`), because image writers choose the format by it.
     Raises StorageError where the folder cannot be written or the disk is full.
     """
@@ -28,8 +30,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
+            if durable:
+                with open(temporary, "rb") as written:
+                    os.fsync(written.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -48,9 +51,9 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: cannot be written ({error.strerror or error}).")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically (UTF-8)."""
-    with atomic_path(path) as temporary:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write `text` to `path` atomically (UTF-8); `durable` as in `atomic_path`."""
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -235,7 +235,7 @@ class Store:
         del content["folder"]
         content["checksum"] = _text_checksum(content)
         # in one line: indented JSON takes five times as long to write, as long as a small image
-        write_text(self._record(entry.case), json.dumps(content))
+        write_text(self._record(entry.case), json.dumps(content), durable=False)
 
     def _write_array(self, case: str, name: str, array: NDArray[Any]) -> StoredArray:
         import blosc2
@@ -243,7 +243,7 @@ class Store:
         path = self.folder / f"{case}.{name}.b2nd"
         chunks, blocks = _partition(array)
         settings = {"codec": blosc2.Codec.ZSTD, "clevel": COMPRESSION_LEVEL, "nthreads": 1}
-        with atomic_path(path) as temporary:
+        with atomic_path(path, durable=False) as temporary:  # sizes and checksums tell a file that a power failure cut
             try:
                 written = blosc2.asarray(
                     np.ascontiguousarray(array),
@@ -252,6 +252,7 @@ class Store:
                     chunks=chunks,
                     blocks=blocks,
                     cparams=settings,
+                    dparams={"nthreads": 1},
                 )
                 return _describe(written, temporary, path.name)
             except RuntimeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from autoseg.dataset import RawDataset, list_cases
 from autoseg.errors import DatasetError, PlanError, StorageError
-from autoseg.executor import start_workers
+from autoseg.executor import start_workers, stop_workers
 from autoseg.plan import Budget, Plan, PreprocessingSettings
 from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, Workspace
@@ -78,6 +79,9 @@ def plan_and_preprocess(
     differ in their last part alone. Raises DatasetError, PlanError, StorageError.
     """
     start_workers(workers)  # they import while this process does
+    if not keep_plan:
+        # sizing networks needs torch, whose import takes as long as measuring a small dataset: one beside the other
+        threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     dropped: dict[str, str] = {}
     if drop_broken:
         dataset, dropped = _without_broken_cases(Path(dataset_root), workers=workers)
@@ -151,8 +155,13 @@ def _plan(
 def _beside(fill: Callable[..., None], stores: tuple[PreprocessingSettings, ...]) -> Iterator[None]:
     """Fill `stores` in a thread beside what the `with` block does; the block's failure ends the filling."""
     ended = threading.Event()
+
+    def work() -> None:
+        fill(stores, stop=ended.is_set)
+        stop_workers()  # their memory is better used by what the block does
+
     with ThreadPoolExecutor(1) as thread:
-        filling = thread.submit(fill, stores, stop=ended.is_set) if stores else None
+        filling = thread.submit(work) if stores else None
         try:
             yield
         except BaseException:

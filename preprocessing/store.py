@@ -206,7 +206,7 @@ class Store:
         """Take over a case of another store, where its arrays would be the same: the files are shared (hard links)."""
         self.remove(entry.case)
         for name in [*(stored.file for stored in entry.arrays.values()), self._record(entry.case).name]:
-            with atomic_path(self.folder / name) as temporary:
+            with atomic_path(self.folder / name, durable=False) as temporary:
                 try:
                     os.link(entry.folder / name, temporary)
                 except OSError:  # not every file system has hard links

@@ -35,6 +35,7 @@ BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
     "from autoseg.executor import serve; serve()"
 )
+NICE = 10  # workers give way to the process that waits for them: what it does itself is what everything else waits for
 # one thread a worker: the pool already uses every core it was given
 ONE_THREAD = (
     "OMP_NUM_THREADS",
@@ -347,6 +348,8 @@ def serve() -> None:
 
     The input is read by a thread of its own, so that the end of the parent ends this process in the midst of a case.
     """
+    if hasattr(os, "nice"):
+        os.nice(NICE)
     questions = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not mix with the answers

@@ -103,7 +103,7 @@ class Acquisition:
     profile: str = "gauss"
     """Slice profile: gauss, rect, sinc (k-space truncation) or dirac (every s-th slice, interpolated)."""
     thickness: tuple[float, float] = (1.0, 1.0)
-    """Slice thickness (of gauss its FWHM) / low-resolution spacing: drawn between these two; equal where it is known."""
+    """Slice thickness (gauss: FWHM) / low-resolution spacing: drawn between these two; equal where it is known."""
     gap: float = 0.0
     """Between slices, as a share of the low-resolution spacing; rect only."""
     noise: float = 0.0

@@ -413,20 +413,60 @@ def _super_resolution_problem(c: Configuration, plan: Plan) -> str | None:
     if a.head not in HEADS:
         return unknown_choice("head", a.head, HEADS)
     if any(not 1 <= s <= LARGEST_SCALE for s in (*c.sr_scale, *a.head_scale, *(c.sr_range or ()))):
-        return f"scales must be from 1 to {LARGEST_SCALE:g}, got {list(c.sr_scale)} and {list(a.head_scale)}"
+        given = f"{list(c.sr_scale)} and {list(a.head_scale)}" + (f", range {list(c.sr_range)}" if c.sr_range else "")
+        return f"scales must be from 1 to {LARGEST_SCALE:g}, got {given}"
     if any(s > h + 1e-6 for s, h in zip(c.sr_scale, a.head_scale, strict=True)):
         return f"sr_scale {list(c.sr_scale)} must not exceed head_scale {list(a.head_scale)}"
     if (c.sr_source == "none") != (a.head == "plain"):
         return f"sr_source '{c.sr_source}' does not go with head '{a.head}'"
-    if c.sr_source in ("degraded", "self") and c.acquisition is None:
-        return f"sr_source '{c.sr_source}' needs an acquisition"
-    if c.acquisition is not None and c.acquisition.profile not in PROFILES:
-        return unknown_choice("profile", c.acquisition.profile, PROFILES)
-    if a.image_channels not in (0, len(plan.channels) - a.reference_channels):
-        return f"image_channels must be 0 or the image's {len(plan.channels)}, got {a.image_channels}"
+    own_channels = len(plan.channels) - a.reference_channels
+    if a.image_channels not in (0, own_channels):
+        return f"image_channels must be 0 or the image's {own_channels}, got {a.image_channels}"
     unknown = next((name for name in c.training.image_losses if name not in IMAGE_LOSSES), None)
     if unknown:
         return unknown_choice("image loss", unknown, IMAGE_LOSSES)
+    return _source_problem(c) or _acquisition_problem(c)
+
+
+def _source_problem(c: Configuration) -> str | None:
+    """Whether grids, labels and scales are those that the source of fine truth has."""
+    label_scale = [c.preprocessing.label_scale[axis] for axis in c.frames(training=True)[0]]
+    if any(not 1 <= s <= LARGEST_SCALE for s in label_scale):
+        return f"label_scale must be from 1 to {LARGEST_SCALE:g}, got {list(c.preprocessing.label_scale)}"
+    expected = list(c.sr_scale) if c.sr_source == "paired" else [1.0, 1.0, 1.0]
+    if any(not math.isclose(s, e, abs_tol=1e-3) for s, e in zip(label_scale, expected, strict=True)):
+        return (
+            f"label_scale along the axes of a patch must be {expected} for sr_source '{c.sr_source}', got {label_scale}"
+        )
+    refined = [axis for axis, s in enumerate(c.sr_scale) if s > 1]
+    if not c.super_resolves and (c.architecture.image_channels or c.sr_range or max(c.architecture.head_scale) > 1):
+        return "image_channels, sr_range and head_scale above 1 need a sr_source"
+    if c.super_resolves and not refined:
+        return f"sr_source '{c.sr_source}' needs a sr_scale above 1 along an axis, got {list(c.sr_scale)}"
+    if c.sr_source == "self" and (c.topology == "3d" or refined != [1] or c.view_axis):
+        return (
+            "sr_source 'self' needs slices along axis 0 and a sr_scale above 1 along axis 1 alone, "
+            f"got a {c.topology} configuration along axis {c.view_axis} with sr_scale {list(c.sr_scale)}"
+        )
+    if c.sr_range is not None:
+        largest = max(c.architecture.head_scale[axis] for axis in refined)
+        if not c.sr_range[0] <= c.sr_range[1] <= largest + 1e-6:
+            return f"sr_range must rise and end within head_scale {largest:g}, got {list(c.sr_range)}"
+    return None
+
+
+def _acquisition_problem(c: Configuration) -> str | None:
+    model = c.acquisition
+    if model is None:
+        reason = f"sr_source '{c.sr_source}'" if c.sr_source in ("degraded", "self") else ""
+        reason = reason or ("the image loss 'consistency'" if "consistency" in c.training.image_losses else "")
+        return f"{reason} needs an acquisition" if reason else None
+    if model.profile not in PROFILES:
+        return unknown_choice("profile", model.profile, PROFILES)
+    if not 0 < model.thickness[0] <= model.thickness[1] < math.inf:
+        return f"thickness must rise from above 0, got {list(model.thickness)}"
+    if not 0 <= model.gap < 1 or not 0 <= model.noise < math.inf:
+        return f"gap must be from 0 to below 1 and noise not negative, got {model.gap} and {model.noise}"
     return None
 
 

@@ -174,7 +174,7 @@ def _coordinates(features: Tensor, grid: OutputGrid, axis: int) -> tuple[Tensor,
     outputs, scale, start = grid.axes()[axis]
     inputs = features.shape[axis + 2]
     exact = np.clip(positions(outputs, scale, start), 0, inputs - 1)
-    nearest = np.rint(exact)
+    nearest = np.floor(exact + 0.5)  # ties always upwards, so that offsets repeat
     where = np.stack((exact - nearest, np.full(outputs, 1 / scale)), axis=1)
     return (
         torch.tensor(where.astype(np.float32), device=features.device),

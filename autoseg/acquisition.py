@@ -98,7 +98,8 @@ def apply_along(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
             return x @ weights.T
         if axis == 1:
             return weights @ x
-        return (weights @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
+        moved = weights @ x.flatten(-2)
+        return moved.reshape(*moved.shape[:-1], *x.shape[-2:])
 
 
 def adjoint_along(y: Tensor, matrix: Tensor, axis: int) -> Tensor:
@@ -138,7 +139,8 @@ def positions(outputs: int, scale: float, start: float) -> Floats:
 
     `scale` is input spacing / output spacing, `start` output voxels from the input's outer face to the output's.
     """
-    return (start + np.arange(outputs) + 0.5) / scale - 0.5
+    places: Floats = (start + np.arange(outputs, dtype=np.float64) + 0.5) / scale - 0.5
+    return places
 
 
 def interpolation_matrix(inputs: int, outputs: int, scale: float, start: float = 0.0) -> Tensor:
@@ -167,26 +169,30 @@ def resampling_matrix(inputs: int, outputs: int, scale: float, start: float = 0.
 def _gauss(distance: Floats, width: float) -> Floats:
     exponent = -0.5 * (distance * FWHM_IN_SIGMA / width) ** 2
     # the nearest voxel has weight 1, so that a slice far thinner than a voxel does not vanish between two of them
-    return np.exp(exponent - exponent.max(axis=1, keepdims=True))
+    weights: Floats = np.exp(exponent - exponent.max(axis=1, keepdims=True))
+    return weights
 
 
 def _rect(distance: Floats, width: float) -> Floats:
     """How much of each voxel lies within the slice."""
     end = np.minimum(distance + 0.5, width / 2)
     begin = np.maximum(distance - 0.5, -width / 2)
-    return np.clip(end - begin, 0, None)
+    weights: Floats = np.clip(end - begin, 0, None)
+    return weights
 
 
 def _sinc(distance: Floats, width: float) -> Floats:
     """k-space cut off at the Nyquist frequency of voxels as wide as the slice, in a Kaiser window."""
     period = max(width, 1.0)  # nothing lies above the fine grid's own Nyquist frequency
     inside = np.clip(1 - (distance / (SINC_LOBES * period)) ** 2, 0, None)
-    return np.sinc(distance / period) * np.i0(KAISER_BETA * np.sqrt(inside)) * (inside > 0)
+    weights: Floats = np.sinc(distance / period) * np.i0(KAISER_BETA * np.sqrt(inside)) * (inside > 0)
+    return weights
 
 
 def _dirac(distance: Floats, width: float) -> Floats:
     """No thickness: linear interpolation at the centre."""
-    return np.clip(1 - np.abs(distance), 0, None)
+    weights: Floats = np.clip(1 - np.abs(distance), 0, None)
+    return weights
 
 
 def _gauss_reach(width: float) -> float:
@@ -217,7 +223,7 @@ PROFILES: dict[str, tuple[Callable[[Floats, float], Floats], Callable[[float], f
 @functools.lru_cache(maxsize=256)
 def _slice_weights(fine: int, scale: float, profile: str, thickness: float, gap: float) -> Weights:
     count = slices(fine, scale)
-    centres = (fine - count * scale) / 2 + (np.arange(count) + 0.5) * scale - 0.5
+    centres = (fine - count * scale) / 2 + (np.arange(count, dtype=np.float64) + 0.5) * scale - 0.5
     width = scale * thickness * (1 - gap if profile == "rect" else 1)
     return _weights(centres, fine, profile, width)
 

@@ -228,8 +228,9 @@ class Configuration:
         if self.sr_source != "degraded":
             return self.preprocessing
         scale = [self.sr_scale[self.frames(training=False)[0].index(axis)] for axis in range(3)]
-        spacing = [s if s is None else s * f for s, f in zip(self.preprocessing.spacing, scale, strict=True)]
-        return dataclasses.replace(self.preprocessing, spacing=(spacing[0], spacing[1], spacing[2]))
+        z, y, x = self.preprocessing.spacing
+        spacing = (None if z is None else z * scale[0], y * scale[1], x * scale[2])
+        return dataclasses.replace(self.preprocessing, spacing=spacing)
 
     def frames(self, *, training: bool) -> tuple[Shape, ...]:
         """Orders of the network axes in which patches are seen: entry i is the axis that becomes patch axis i.

@@ -261,7 +261,7 @@ def test_fake_tensors_and_autocast_pass_through(head: str, flat: bool) -> None:
         rough = real(image)
     exact = real(image)
     assert rough[0].dtype == torch.float32 and torch.isfinite(rough[0]).all()
-    torch.testing.assert_close(rough[0], exact[0], rtol=0.1, atol=0.25)
+    assert (rough[0] - exact[0]).abs().mean() < 0.05 * exact[0].abs().mean()
     with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16):
         fake = build_network(described)(torch.randn(2, 1, 2, 8, 8))
         sum(answer.float().sum() for answer in fake).backward()

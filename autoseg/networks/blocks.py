@@ -57,7 +57,7 @@ def slices_as_batch(x: Tensor, dimensions: int) -> Tensor:
 
 def slices_as_volumes(x: Tensor, batch: int, dimensions: int) -> Tensor:
     """The inverse of `slices_as_batch`, for a batch of so many volumes."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2) if dimensions == 2 else x
+    return x.reshape(batch, -1, *x.shape[1:]).transpose(1, 2) if dimensions == 2 else x
 
 
 class PlainStage(nn.Sequential):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from autoseg.errors import PlanError, unknown_choice
-from autoseg.networks.blocks import ConvNormAct
+from autoseg.networks.blocks import ConvNormAct, slices_as_volumes
 from autoseg.plan import Architecture
 
 
@@ -66,7 +66,7 @@ class Reduce(Context):
         """(B, C, Z + slices - 1, Y, X) -> (B, features, Z, Y, X)."""
         windows = _windows(x, self.slices).permute(0, 3, 1, 2, 4, 5)
         reduced: Tensor = self.convs(windows.flatten(0, 1))
-        return reduced.squeeze(2).unflatten(0, (len(x), -1)).transpose(1, 2)
+        return slices_as_volumes(reduced.squeeze(2), len(x), 2)
 
 
 def _windows(x: Tensor, slices: int) -> Tensor:

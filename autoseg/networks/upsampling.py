@@ -165,8 +165,9 @@ def _mix_along(x: Tensor, weights: Tensor, axis: int, *, contract: bool) -> Tens
     others = lines.shape[3:]
     if contract:
         mixed = weights.transpose(0, 1).flatten(1) @ lines.flatten(3).flatten(1, 2)
-        return mixed.unflatten(2, others).movedim(1, axis + 1)
-    return (weights @ lines.flatten(3)).unflatten(3, others).movedim(2, axis + 2)
+        return mixed.reshape(*mixed.shape[:2], *others).movedim(1, axis + 1)
+    moved = weights @ lines.flatten(3)
+    return moved.reshape(*moved.shape[:3], *others).movedim(2, axis + 2)
 
 
 def _coordinates(features: Tensor, grid: OutputGrid, axis: int) -> tuple[Tensor, Tensor]:

@@ -224,7 +224,11 @@ def workspace_bytes(func: Any, args: Sequence[Any], out: Any, *, threads: int) -
         return max(source + _bytes(weight) + target - _bytes(out), target)
     if func is aten.convolution_backward.default:
         gradient, image, weight = args[0], args[1], args[2]
-        copies = _blocked_bytes(gradient) + (0 if image.shape[1] <= PLAIN_CHANNELS else _blocked_bytes(image))
+        copies = _blocked_bytes(gradient)
+        if image.shape[1] > PLAIN_CHANNELS:
+            copies += _blocked_bytes(image)
+        elif args[10][0]:  # the gradient of a plain image, where it is wanted, is blocked before it is made plain
+            copies += _blocked_bytes(image) - _bytes(image)
         if image.dtype == torch.float32:
             return copies
         samples = 1 if threads == 1 else 2 if threads < 8 else 4  # seen with torch 2.13 from 1 to 16 threads

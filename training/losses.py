@@ -17,7 +17,7 @@ from autoseg.plan import Acquisition, Architecture, Configuration, Vector
 from autoseg.training.samples import has_fine_image
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class finite (nnU-Net's)
-LEAST_SPREAD = 1e-3  # of a feature over an image; below it the feature says nothing there and is not blown up
+LEAST_SPREAD = 1e-3  # of a feature over a batch; below it the feature says nothing there and is not blown up
 
 
 class DiceCrossEntropy(nn.Module):
@@ -153,14 +153,16 @@ def _high_frequency(r: Restoration) -> Tensor:
 def _perceptual(r: Restoration) -> Tensor:
     """L1 between what the network's own first filters see in both images, each in units of its spread in the truth.
 
-    So what segmentation looks at counts: edges and textures that the filters have learned to answer to. One convolution
-    on the fine grid; the filters are detached, or the loss would be lowered by making them blind.
+    So what segmentation looks at counts: edges and textures that the filters have learned to answer to. The filters are
+    linear: one convolution of the difference on the fine grid. They are detached, or the loss would be lowered by
+    making them blind.
     """
     assert r.filters is not None, "the builder gives the filters of the network"
     padding = [size // 2 for size in r.filters.shape[2:]]
-    predicted, true = (F.conv3d(x, r.filters, padding=padding) for x in (r.predicted, r.known))
-    spread = true.std(dim=(2, 3, 4), keepdim=True, correction=0).clamp(min=LEAST_SPREAD)
-    return ((predicted - true) / spread).abs().mean()
+    with torch.no_grad():
+        spread = F.conv3d(r.known, r.filters, padding=padding).std(dim=(0, 2, 3, 4), correction=0)
+    filters = r.filters / spread.clamp(min=LEAST_SPREAD)[:, None, None, None, None]
+    return F.conv3d(r.predicted - r.known, filters, padding=padding).abs().mean()
 
 
 def _consistency(r: Restoration) -> Tensor:

@@ -203,6 +203,36 @@ def plan_and_preprocess(
             "--configurations", metavar="A,B", help="Plan these, such as 2d,3d_fullres. [default: what the rules plan]"
         ),
     ] = None,
+    input_spacing: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--input-spacing",
+            metavar="Z,Y,X",
+            help="Spacing in mm of the (thick) images expected in use: plan super-resolution. [default: the dataset's]",
+        ),
+    ] = None,
+    output_spacing: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--output-spacing",
+            metavar="Z,Y,X",
+            help="Spacing in mm of the labels that are wanted: plan super-resolution. [default: the dataset's]",
+        ),
+    ] = None,
+    sr_scale: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--sr-scale",
+            metavar="S[,Y,X]",
+            help="Input by output spacing, along the slices or along (z, y, x): instead of one of the two.",
+        ),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task", metavar="TASK", help="What super-resolution answers: joint, segmentation or super_resolution."
+        ),
+    ] = "joint",
     drop_cases: Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")] = False,
     replan: Annotated[
         bool, typer.Option("--replan", help="Plan anew over trained models; these are put aside, not deleted.")
@@ -226,15 +256,25 @@ def plan_and_preprocess(
 ) -> int:
     """Measure the dataset, plan the experiment, and preprocess every training case.
 
+    Spacings and scales are in the order of the raw files' arrays: (z, y, x), the reverse of NIfTI's header.
+
     \b
     Example:
       autoseg plan-and-preprocess data/Dataset004_Hippocampus --gpu-memory 8GB --fold-time 30m
+      autoseg plan-and-preprocess data/Dataset004_Hippocampus --input-spacing 4,1,1
     """
+    from autoseg.pipeline import asked_super_resolution
     from autoseg.pipeline import plan_and_preprocess as run
-    from autoseg.units import parse_bytes, parse_seconds
+    from autoseg.units import parse_bytes, parse_numbers, parse_seconds
 
     screen = SCREEN.get()
     names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
+    asked = asked_super_resolution(
+        input_spacing=parse_numbers(input_spacing, option="--input-spacing") if input_spacing else None,
+        output_spacing=parse_numbers(output_spacing, option="--output-spacing") if output_spacing else None,
+        scale=parse_numbers(sr_scale, option="--sr-scale", counts=(1, 3)) if sr_scale else None,
+        task=task,
+    )
     with screen.cases("preprocessing") as progress:
         planned = run(
             dataset,
@@ -242,6 +282,7 @@ def plan_and_preprocess(
             gpu_memory_bytes=parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else None,
             fold_seconds=parse_seconds(fold_time, option="--fold-time") if fold_time else None,
             configurations=names,
+            asked=asked,
             drop_broken=drop_cases,
             replan=replan,
             keep_plan=keep_plan,
@@ -386,6 +427,20 @@ def predict(
         bool, typer.Option("--probabilities", help="Write the probability of each class too, in image geometry.")
     ] = False,
     skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave finished cases alone.")] = False,
+    image: Annotated[
+        bool, typer.Option("--image", help="Write the super-resolved image too, CASE_image beside the labels.")
+    ] = False,
+    native: Annotated[
+        bool, typer.Option("--native", help="Bring the labels of a super-resolving model to the image's own grid.")
+    ] = False,
+    output_spacing: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--output-spacing",
+            metavar="Z,Y,X",
+            help="Spacing of the answer in mm, for any-scale models. [default: as planned]",
+        ),
+    ] = None,
     no_mirroring: Annotated[
         bool, typer.Option("--no-mirroring", help="Do not average over mirrored copies: faster.")
     ] = False,
@@ -414,15 +469,21 @@ def predict(
 ) -> int:
     """Segment a file, a folder or a DICOM series; labels lie on each image's own grid.
 
+    Those of a super-resolving model lie on a finer grid over the same extent. Spacings are in the order of the files'
+    arrays: (z, y, x), the reverse of NIfTI's header.
+
     \b
     Example:
       autoseg predict scans/ labels/ --model autoseg_workspace/Dataset004_Hippocampus/models/3d_fullres
+      autoseg predict scans/ labels/ --model autoseg_workspace/Dataset004_Hippocampus/models/3d_sr_any \\
+        --image --output-spacing 1,1,1
     """
-    from autoseg.units import parse_bytes, parse_part
+    from autoseg.units import parse_bytes, parse_numbers, parse_part
 
     screen = SCREEN.get()
     share = parse_part(part, option="--part")
     ram = {"max_ram_bytes": parse_bytes(max_ram, option="--max-ram")} if max_ram else {}
+    asked = parse_numbers(output_spacing, option="--output-spacing") if output_spacing else None
 
     from autoseg.inference.predictor import load_model
     from autoseg.inference.run import PredictOptions, predict_files
@@ -430,6 +491,9 @@ def predict(
     options = PredictOptions(
         probabilities=probabilities,
         skip_existing=skip_existing,
+        image=image,
+        native=native,
+        output_spacing=None if asked is None else (asked[0], asked[1], asked[2]),
         mirroring=not no_mirroring,
         step_size=step_size,
         part=share,
@@ -450,6 +514,9 @@ def predict(
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps, or one file.", metavar="PREDICTIONS")],
     references: Annotated[Path, typer.Argument(help="Folder of the true label maps, or one file.")],
+    images: Annotated[
+        bool, typer.Option("--images", help="Compare images (CASE_image with CASE or CASE_0000): PSNR and SSIM.")
+    ] = False,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--json", metavar="FILE", help="Write all scores, case by case, as JSON."),
@@ -470,20 +537,25 @@ def evaluate(
 ) -> int:
     """Score label maps: Dice, IoU, NSD, HD95, ASSD, volume error, per class, with 95 % bootstrap intervals.
 
+    With --images, super-resolved images against the true fine ones.
+
     \b
     Example:
       autoseg evaluate labels/ data/Dataset004_Hippocampus/labelsTs --json scores.json
     """
     from autoseg.dataset import RawDataset
-    from autoseg.inference.evaluation import evaluate_folders
+    from autoseg.inference.evaluation import evaluate_folders, evaluate_image_folders
 
     screen = SCREEN.get()
-    labels = RawDataset.load(dataset).labels if dataset is not None else None
-    evaluation = evaluate_folders(predictions, references, labels=labels, workers=_cores(workers))
+    if images:
+        evaluation = evaluate_image_folders(predictions, references, workers=_cores(workers))
+    else:
+        labels = RawDataset.load(dataset).labels if dataset is not None else None
+        evaluation = evaluate_folders(predictions, references, labels=labels, workers=_cores(workers))
     screen.say(evaluation.table())
     if json_file is not None:
         evaluation.save(json_file)
-    return _complain(screen, evaluation.problems(), nothing=not evaluation.cases)
+    return _complain(screen, evaluation.problems(), nothing=not (evaluation.cases or evaluation.images))
 
 
 @command("export", "Pack trained folds into one portable model.")

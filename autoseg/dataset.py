@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from autoseg.errors import DatasetError, unknown_choice
 from autoseg.files import read_json
-from autoseg.geometry import corner_distance
+from autoseg.geometry import corner_distance, extent_distance, outer_faces
 from autoseg.image import DETACHED_ENDINGS, FORMATS, PICTURE_ENDINGS, Grid, Image, read_image
 from autoseg.labels import Labels
 
@@ -31,6 +31,11 @@ SAME_PLACE_VOXELS = 1e-3
 NEAR_PLACE_VOXELS = 0.05
 """Up to here the grids of image and label count as one (half a voxel would be a voxel wrongly labelled); verify says
 so and can repair it."""
+
+SAME_EXTENT_VOXELS = 0.5
+"""Labels on a grid of their own: how far its outer corners may lie from the image's, in voxels of the label."""
+
+LABEL_GRIDS = ("image", "own")
 
 FLOAT32_EXACT = 2**24  # whole numbers up to here keep their value as float32
 
@@ -59,6 +64,9 @@ class RawDataset:
     """The training cases, sorted by identifier."""
     test_cases: tuple[Case, ...] = ()
     """Cases of imagesTs, with their labels where labelsTs has them."""
+    label_grid: str = "image"
+    """`image`: labels lie on the grid of their image; `own`: on a finer one over the same extent ("label_grid" of
+    dataset.json)."""
 
     @classmethod
     def load(cls, root: Path) -> RawDataset:
@@ -99,7 +107,7 @@ def list_cases(root: Path) -> Listing:
     if not isinstance(content, Mapping):
         raise DatasetError(f"{root / DATASET_JSON}: must be a JSON object, got {type(content).__name__}.")
     channels, ending = _channels(root, content), _file_ending(root, content)
-    labels = _labels(root, content)
+    labels, label_grid = _labels(root, content), _label_grid(root, content)
     if content.get("dataset") is not None:
         cases, problems, stray = _explicit_cases(root, content["dataset"])
     else:
@@ -117,7 +125,8 @@ def list_cases(root: Path) -> Listing:
         tests, test_problems = _without_problems(tests, lacking, len(channels), ending)
         for identifier, found in test_problems.items():
             log.warning("Case %s of %s is left out: %s.", identifier, TEST_IMAGES, "; ".join(found))
-    dataset = RawDataset(root, root.resolve().name, channels, labels, ending, tuple(cases), tuple(tests))
+    name = root.resolve().name
+    dataset = RawDataset(root, name, channels, labels, ending, tuple(cases), tuple(tests), label_grid)
     announced = content.get("numTraining")
     return Listing(dataset, unusable, stray, test_problems, announced if isinstance(announced, int) else None)
 
@@ -125,9 +134,10 @@ def list_cases(root: Path) -> Listing:
 def read_case(case: Case, dataset: RawDataset) -> tuple[Image, Image | None]:
     """The image of a case, all channels stacked `(C, Z, Y, X)` float32, and its label `(1, Z, Y, X)` int16 or None.
 
-    Every check that needs the voxels is made here, so that planning, preprocessing and verify refuse the same things
-    with the same sentence. Raises DatasetError naming the case and the file: geometry of channels and label differ,
-    NaN or Inf, fractional or unknown label values, wrong number of channels.
+    The label is on the image's grid, or on its own where the dataset says so (`RawDataset.label_grid`). Every check
+    that needs the voxels is made here, so that planning, preprocessing and verify refuse the same things with the same
+    sentence. Raises DatasetError naming the case and the file: geometry of channels and label differ, NaN or Inf,
+    fractional or unknown label values, wrong number of channels.
     """
     return read_case_noting(case, dataset)[:2]
 
@@ -187,6 +197,13 @@ def _labels(root: Path, content: Mapping[str, Any]) -> Labels:
         return Labels.from_json(content.get("labels"), content.get("regions_class_order"))
     except DatasetError as error:
         raise DatasetError(f"{root / DATASET_JSON}: {str(error).removeprefix('dataset.json: ')}") from error
+
+
+def _label_grid(root: Path, content: Mapping[str, Any]) -> str:
+    which = content.get("label_grid", LABEL_GRIDS[0])
+    if which not in LABEL_GRIDS:
+        raise DatasetError(f"{root / DATASET_JSON}: {unknown_choice('label_grid', which, LABEL_GRIDS)}")
+    return str(which)
 
 
 # ---- files of the cases
@@ -366,6 +383,22 @@ def _check_same_place(path: Path, grid: Grid, reference_path: Path, reference: G
     )
 
 
+def _check_same_extent(path: Path, grid: Grid, reference_path: Path, reference: Grid) -> None:
+    """Refuse a label on a grid of its own that covers another piece of the world than the image, or is coarser."""
+    (first, last), (first_of_image, last_of_image) = outer_faces(grid), outer_faces(reference)
+    if extent_distance(reference, grid) > SAME_EXTENT_VOXELS:
+        raise DatasetError(
+            f"{path}: the label covers {_rounded(first)} to {_rounded(last)} mm (z, y, x), the image "
+            f"{reference_path.name} {_rounded(first_of_image)} to {_rounded(last_of_image)} mm; they must agree within "
+            "half a voxel of the label: correct the header, or cut both to the same extent."
+        )
+    if any(size < expected for size, expected in zip(grid.shape, reference.shape, strict=True)):
+        raise DatasetError(
+            f"{path}: the label has {grid.shape} voxels (z, y, x), fewer than the {reference.shape} of "
+            f"{reference_path.name}; a label on a grid of its own must be finer, so resample it to the image's grid."
+        )
+
+
 def _largest_difference(grid: Grid, reference: Grid) -> tuple[str, str, str]:
     """The part of the geometry that moves the corners most: its name, its value, the expected one."""
     extent = max(n * s for n, s in zip(reference.shape, reference.spacing, strict=True))
@@ -389,7 +422,8 @@ def _rounded(values: Any) -> str:
 def read_label(case: Case, grid: Grid | None, dataset: RawDataset, notes: list[str]) -> Image:
     """The label (1, Z, Y, X) int16 on the image's `grid` (None: not to be compared); oddities are added to `notes`.
 
-    Raises DatasetError naming the file.
+    Where the dataset's labels have grids of their own it stays on that, which must cover the extent of `grid`. Raises
+    DatasetError naming the file.
     """
     assert case.label is not None
     path, known = case.label, dataset.labels.known_values
@@ -399,7 +433,10 @@ def read_label(case: Case, grid: Grid | None, dataset: RawDataset, notes: list[s
             f"{path}: the label has {label.channels} components a voxel, expected 1; save it as one channel of "
             "integers."
         )
-    if grid is not None:
+    own_grid = dataset.label_grid == "own"
+    if grid is not None and own_grid:
+        _check_same_extent(path, label.grid, case.images[0], grid)
+    elif grid is not None:
         _check_same_place(path, label.grid, case.images[0], grid, notes)
     array = label.array
     if array.dtype.kind == "f":
@@ -414,7 +451,7 @@ def read_label(case: Case, grid: Grid | None, dataset: RawDataset, notes: list[s
             f"({_voxels(sum(values[value] for value in unknown))}) not in {DATASET_JSON}, expected {_listed(known)}; "
             "correct the label or name the value."
         )
-    return Image(array.astype(np.int16), grid or label.grid)
+    return Image(array.astype(np.int16), label.grid if own_grid or grid is None else grid)
 
 
 def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[np.int32]:

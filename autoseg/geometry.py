@@ -118,6 +118,17 @@ def resample_grid(grid: Grid, shape: Shape) -> Grid:
     return replace(grid, shape=shape, spacing=_triple(spacing), origin=_world(grid, (factor - 1) / 2))
 
 
+def refine_grid(grid: Grid, factor: Sequence[float]) -> Grid:
+    """The grid with its spacing divided by `factor` (z, y, x), exactly; the first voxel's outer face stays.
+
+    As many voxels as come nearest to the extent: the last face moves by half a new voxel at most.
+    """
+    z, y, x = (max(1, round(size * f)) for size, f in zip(grid.shape, factor, strict=True))
+    fine = np.asarray(factor, dtype=float)
+    spacing = np.asarray(grid.spacing) / fine
+    return replace(grid, shape=(z, y, x), spacing=_triple(spacing), origin=_world(grid, (1 / fine - 1) / 2))
+
+
 def shape_at_spacing(grid: Grid, spacing: Triple) -> Shape:
     """Voxels along (z, y, x) that cover the grid's extent at about `spacing` (mm); at least one an axis."""
     z, y, x = (
@@ -140,6 +151,33 @@ def corner_distance(grid: Grid, other: Grid) -> float:
     corners = np.array(list(itertools.product(*((0, size - 1) for size in grid.shape))), dtype=float)
     apart = voxels_to_world(grid, corners) - voxels_to_world(other, corners)
     return float(np.linalg.norm(apart, axis=1).max() / min(grid.spacing))
+
+
+def outer_faces(grid: Grid) -> tuple[Triple, Triple]:
+    """World coordinates (z, y, x) in mm of the outer corner of the first voxel, and of that of the last."""
+    return _world(grid, [-0.5] * 3), _world(grid, [size - 0.5 for size in grid.shape])
+
+
+def extent_distance(grid: Grid, other: Grid) -> float:
+    """How far apart the outer corners of two grids lie, in voxels of `other`; the largest along any of its axes.
+
+    Small for grids that cover the same piece of the world, turned alike, whatever their numbers of voxels.
+    """
+    corners = np.array(list(itertools.product(*((0.0, 1.0),) * 3)))
+    here = voxels_to_world(grid, corners * np.asarray(grid.shape) - 0.5)
+    there = voxels_to_world(other, corners * np.asarray(other.shape) - 0.5)
+    steps = np.asarray(other.direction) * np.asarray(other.spacing)
+    return float(np.abs(np.linalg.solve(steps, (here - there).T)).max())
+
+
+def first_face_and_spacing(grid: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Along each array axis where the first voxel's outer face lies, in mm from the world's origin, and the spacing.
+
+    Numbers of grids with the same direction can be compared.
+    """
+    spacing = np.asarray(grid.spacing, dtype=np.float64)
+    along = np.linalg.solve(np.asarray(grid.direction, dtype=np.float64), np.asarray(grid.origin, dtype=np.float64))
+    return along - spacing / 2, spacing
 
 
 def box_shape(box: Box) -> Shape:

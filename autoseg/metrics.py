@@ -1,4 +1,4 @@
-"""Two boolean masks and their spacing -> scores: overlap, surface distances, volumes, lesions.
+"""Two masks and their spacing -> scores: overlap, surface distances, volumes, lesions. Two images -> PSNR and SSIM.
 
 Masks are `(Z, Y, X)`, spacing is `(z, y, x)` in mm. A volume with Z = 1 is a plane: its surface is the outline.
 
@@ -26,9 +26,14 @@ from numpy.typing import NDArray
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
+Image = NDArray[Any]
 Triple = tuple[float, float, float]
 Box = tuple[slice, slice, slice]
 
+PEAK_PERCENTILES = (0.5, 99.5)  # of the reference: a few bright voxels must not make every image look good
+SSIM_SIGMA = 1.5  # voxels; with the two constants those of Wang et al. 2004
+SSIM_REACH = 5  # voxels on each side: 11 in all
+SSIM_CONSTANTS = (0.01, 0.03)  # of the peak, for luminance and for contrast
 TOLERANCE_MM = 1.0  # how far two surfaces may be apart to count as the same in NSD
 
 
@@ -53,6 +58,11 @@ METRICS = {
     "volume_error_ml": Metric("Volume error", "ml", "zero"),
     "volume_error_ratio": Metric("Relative", "", "zero"),
     "lesion_f1": Metric("Lesion F1", "", "higher"),
+}
+
+IMAGE_METRICS = {
+    "psnr": Metric("PSNR", "dB", "higher"),
+    "ssim": Metric("SSIM", "", "higher"),
 }
 
 
@@ -140,6 +150,71 @@ def lesion_f1(prediction: Mask, reference: Mask) -> float:
         return 0.0
     sensitivity, precision = found / lesions, true / predicted
     return 2 * sensitivity * precision / (sensitivity + precision)
+
+
+def score_images(
+    reference: Image, image: Image, *, peak: float | None = None, region: Box | Mask | None = None
+) -> dict[str, float]:
+    """Every score of IMAGE_METRICS for one channel of one case; arguments as for `psnr`."""
+    peak = intensity_peak(reference) if peak is None else peak
+    return {
+        "psnr": psnr(reference, image, peak=peak, region=region),
+        "ssim": ssim(reference, image, peak=peak, region=region),
+    }
+
+
+def intensity_peak(reference: Image) -> float:
+    """What stands for the peak of an image's intensities: its 99.5th minus its 0.5th percentile."""
+    lower, upper = np.percentile(reference, PEAK_PERCENTILES)
+    return float(upper - lower)
+
+
+def psnr(reference: Image, image: Image, *, peak: float | None = None, region: Box | Mask | None = None) -> float:
+    """Peak signal-to-noise ratio in dB of an image (Z, Y, X) against its reference: 10 log10(peak^2 / mean error^2).
+
+    `peak` by default that of the whole reference (`intensity_peak`), `region` a mask or a box of the voxels that
+    count. inf where the images are equal; nan where the peak is not above zero or the region is empty. Raises
+    ValueError where the shapes differ.
+    """
+    _check_images(reference, image)
+    peak = intensity_peak(reference) if peak is None else peak
+    error = np.square(np.subtract(image, reference, dtype=np.float64))[... if region is None else region]
+    if not error.size or not peak > 0:
+        return math.nan
+    mean = float(error.mean())
+    return 10 * math.log10(peak**2 / mean) if mean else math.inf
+
+
+def ssim(reference: Image, image: Image, *, peak: float | None = None, region: Box | Mask | None = None) -> float:
+    """Structural similarity of an image (Z, Y, X) and its reference, at most 1: the mean of its map over the region.
+
+    Statistics in a Gaussian window of 11 voxels (sigma 1.5), in three dimensions, in a plane (Z = 1) in two; the image
+    is mirrored at its edges. Intensities count from the reference's 0.5th percentile, so that the unit in which an
+    image is given (raw, z-scored, HU) changes nothing. `peak`, `region`, nan and errors as for `psnr`.
+    Wang et al. 2004, doi:10.1109/TIP.2003.819861.
+    """
+    _check_images(reference, image)
+    peak = intensity_peak(reference) if peak is None else peak
+    if not peak > 0:
+        return math.nan
+    darkest = np.percentile(reference, PEAK_PERCENTILES[0])
+    first, second = (np.asarray(volume, dtype=np.float64) - darkest for volume in (reference, image))
+    mean, other = _window_mean(first), _window_mean(second)
+    variance = _window_mean(first * first) - mean * mean
+    other_variance = _window_mean(second * second) - other * other
+    covariance = _window_mean(first * second) - mean * other
+    luminance, contrast = ((constant * peak) ** 2 for constant in SSIM_CONSTANTS)
+    similarity = (2 * mean * other + luminance) * (2 * covariance + contrast)
+    norm = (mean * mean + other * other + luminance) * (variance + other_variance + contrast)
+    scored = (similarity / norm)[... if region is None else region]
+    return float(scored.mean()) if scored.size else math.nan
+
+
+def _window_mean(image: Floats) -> Floats:
+    from scipy import ndimage
+
+    result: Floats = ndimage.gaussian_filter(image, SSIM_SIGMA, mode="reflect", radius=SSIM_REACH)
+    return result
 
 
 @dataclass(frozen=True)
@@ -249,6 +324,11 @@ def _relative(difference: float, expected: float) -> float:
     if expected:
         return float(difference / expected)
     return math.inf if difference else math.nan
+
+
+def _check_images(reference: Image, image: Image) -> None:
+    if reference.shape != image.shape or reference.ndim != 3 or not reference.size:
+        raise ValueError(f"Two images (Z, Y, X) of the same shape are needed, got {reference.shape} and {image.shape}.")
 
 
 def _check_shapes(prediction: Mask, reference: Mask) -> None:

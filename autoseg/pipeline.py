@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 from autoseg.dataset import RawDataset, list_cases
 from autoseg.errors import DatasetError, PlanError, StorageError
 from autoseg.executor import start_workers, stop_workers
-from autoseg.plan import Budget, Plan, PreprocessingSettings
+from autoseg.plan import Budget, Plan, PreprocessingSettings, Vector, to_json
 from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, Workspace
 
 if TYPE_CHECKING:
+    from autoseg.experiment_planning.superresolution import Asked
     from autoseg.inference.evaluation import Evaluation
     from autoseg.training.loop import Progress, TrainedFold
 
@@ -63,6 +64,7 @@ def plan_and_preprocess(
     gpu_memory_bytes: int | None = None,
     fold_seconds: float | None = None,
     configurations: Sequence[str] | None = None,
+    asked: Asked | None = None,
     drop_broken: bool = False,
     replan: bool = False,
     keep_plan: bool = False,
@@ -73,10 +75,11 @@ def plan_and_preprocess(
 ) -> Planned:
     """Fingerprint, plan and store of a raw dataset; what is there already and still right is not made again.
 
-    `drop_broken` leaves broken cases out instead of refusing the dataset. A plan that would change under trained models
-    is refused unless `replan`, which puts them aside. `keep_plan` preprocesses for the plan.json that is there.
-    `group_by` names what must not be parted by a fold: a JSON file of case: patient, or "prefix" for cases whose names
-    differ in their last part alone. Raises DatasetError, PlanError, StorageError.
+    `asked` are the grids of super-resolution. `drop_broken` leaves broken cases out instead of refusing the dataset. A
+    plan that would change under trained models is refused unless `replan`, which puts them aside. `keep_plan`
+    preprocesses for the plan.json that is there. `group_by` names what must not be parted by a fold: a JSON file of
+    case: patient, or "prefix" for cases whose names differ in their last part alone. Raises DatasetError, PlanError,
+    StorageError.
     """
     start_workers(workers)  # they import while this process does
     if not keep_plan:
@@ -104,6 +107,7 @@ def plan_and_preprocess(
             place,
             Budget(gpu_memory_bytes or 0, fold_seconds or 0.0, device),
             configurations=configurations,
+            asked=asked,
             replan=replan,
             workers=workers,
             drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
@@ -124,6 +128,7 @@ def _plan(
     budget: Budget,
     *,
     configurations: Sequence[str] | None,
+    asked: Asked | None,
     replan: bool,
     workers: int,
     drop_cases: Sequence[str],
@@ -134,16 +139,18 @@ def _plan(
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
     from autoseg.experiment_planning.folds import write_folds
     from autoseg.experiment_planning.planner import first_stores, plan_experiment
+    from autoseg.experiment_planning.superresolution import label_ceiling
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
     kept = None if replan else _plan_of_models(place)
-    if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations):
+    if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
         log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
         return kept, ()
     # networks are sized by one thread of this process; the other cores need not wait for it
-    early = first_stores(fingerprint, configurations) if workers > 1 else ()
+    ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
+    early = first_stores(fingerprint, configurations, asked, ceiling) if workers > 1 else ()
     with _beside(fill, early):
-        plan = plan_experiment(fingerprint, budget, configurations=configurations)
+        plan = plan_experiment(fingerprint, budget, configurations=configurations, asked=asked, ceiling=ceiling)
     _put_models_aside(plan, place, replan=replan)
     write_folds(dataset.root, fingerprint, place.folds, group_by=group_by)
     fingerprint.save(place.fingerprint)
@@ -181,10 +188,34 @@ def _plan_of_models(place: Workspace) -> Plan | None:
         return None
 
 
-def _answers(plan: Plan, budget: Budget, configurations: Sequence[str] | None) -> bool:
+def asked_super_resolution(
+    *,
+    input_spacing: Sequence[float] | None,
+    output_spacing: Sequence[float] | None,
+    scale: Sequence[float] | None,
+    task: str,
+) -> Asked | None:
+    """What the user wants of super-resolution; None where nothing was said. Raises PlanError naming the option."""
+    from autoseg.experiment_planning.superresolution import Asked
+
+    asked = Asked(_vector(input_spacing), _vector(output_spacing), tuple(scale) if scale else None, task)
+    asked.check()
+    return None if asked == Asked() else asked
+
+
+def _vector(values: Sequence[float] | None) -> Vector | None:
+    if values is None:
+        return None
+    z, y, x = values
+    return z, y, x
+
+
+def _answers(plan: Plan, budget: Budget, configurations: Sequence[str] | None, asked: Asked | None) -> bool:
     """Whether a plan was made for what is asked now; what was not given (0 or None) may be anything."""
+    known = next((d.value for d in plan.decisions if d.name == "super_resolution.asked"), None)
     return (
-        budget.gpu_memory_bytes in (0, plan.budget.gpu_memory_bytes)
+        (asked is None or to_json(asked) == known)
+        and budget.gpu_memory_bytes in (0, plan.budget.gpu_memory_bytes)
         and budget.fold_seconds in (0.0, plan.budget.fold_seconds)
         and {configuration.name for configuration in plan.configurations} >= set(configurations or ())
     )

@@ -27,12 +27,18 @@ Vector = tuple[float, float, float]
 Shape = tuple[int, int, int]
 
 KINDS = ("fixed", "rule", "empirical")
-TOPOLOGIES = ("2d", "3d")
+TOPOLOGIES = ("2d", "2.5d_stack", "2.5d_reduce", "3d")
+CONTEXTS = ("none", "stack", "reduce")
+HEADS = ("plain", "subpixel", "implicit", "filters")
+SR_SOURCES = ("none", "degraded", "paired", "self")
+PROFILES = ("gauss", "rect", "sinc", "dirac")
+IMAGE_LOSSES = ("l1", "high_frequency", "perceptual", "consistency")
 # keys of the stages' dicts, which the core does not import; a test holds them together
 BLOCKS = ("plain", "residual")
 RECIPES = ("adamw", "sgd")
 SCHEMES = ("ct", "zscore", "masked_zscore", "none", "rescale", "rgb")
 BIAS_CORRECTION = "n4+"  # before a scheme's name: the bias field is corrected first
+LARGEST_SCALE = 8.0  # of super-resolution: the largest that has been shown to work at all (Dual-ArbNet)
 HIGHEST_ORDER = 5  # of the splines that scipy has
 
 
@@ -80,12 +86,28 @@ class PreprocessingSettings:
     """Whether the border in which every channel is zero is cut away."""
     image_order: int = 3
     """Spline order for images."""
+    label_scale: Vector = (1.0, 1.0, 1.0)
+    """Image spacing / label spacing along (z, y, x): above 1 where labels lie on a finer grid than the image's."""
 
     @property
     def store_id(self) -> str:
         """Name of the store folder: a hash of these settings."""
         text = json.dumps(to_json(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """How a scanner makes thick slices of thin ones along one axis: the forward model of `autoseg.acquisition`."""
+
+    profile: str = "gauss"
+    """Slice profile: gauss, rect, sinc (k-space truncation) or dirac (every s-th slice, interpolated)."""
+    thickness: tuple[float, float] = (1.0, 1.0)
+    """Slice thickness (gauss: FWHM) / low-resolution spacing: drawn between these two; equal where it is known."""
+    gap: float = 0.0
+    """Between slices, as a share of the low-resolution spacing; rect only."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise that is added, as a share of the image's standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,24 @@ class Architecture:
     """Key of `networks.blocks.BLOCKS`."""
     deep_supervision: bool = True
     """Whether training also scores the coarser decoder stages."""
+    context: str = "none"
+    """How neighbouring slices enter a 2.5D network: "none"; "stack", as channels; "reduce", through 3x3x3 convolutions
+    that are not padded along z."""
+    context_slices: int = 1
+    """Odd number of slices that are seen to label the middle one; the input is `halo` slices longer at each end."""
+    head: str = "plain"
+    """Key of `networks.upsampling.HEADS`: plain (logits on the input grid), subpixel, implicit, filters."""
+    head_scale: Vector = (1.0, 1.0, 1.0)
+    """Largest input spacing / output spacing along (z, y, x) that the head answers for."""
+    image_channels: int = 0
+    """Super-resolved image channels, which follow the class logits in the finest output; 0: no image head."""
+    reference_channels: int = 0
+    """Channels of an image on a grid of its own that joins through the fusion block; 0: none."""
+
+    @property
+    def halo(self) -> int:
+        """Slices that the network reads before and after those it answers for."""
+        return self.context_slices // 2
 
     @property
     def divisor(self) -> Shape:
@@ -136,6 +176,8 @@ class TrainingSettings:
     """Axes along which augmentation may simulate a lower resolution (not along thick slices)."""
     rotate_out_of_plane: bool = True
     """Whether augmentation may rotate around in-plane axes (not with thick slices)."""
+    image_losses: tuple[str, ...] = ("l1",)
+    """Terms of the image branch (super-resolution): keys of `training.losses.IMAGE_LOSSES`."""
 
 
 @dataclass(frozen=True)
@@ -143,25 +185,64 @@ class Configuration:
     """One way to train: a grid, a patch, a network."""
 
     name: str
-    """2d, 3d_fullres, 3d_lowres, 3d_cascade; free for edited plans."""
+    """2d, 3d_fullres, 3d_lowres, 3d_cascade, 2.5d_stack, 2.5d_axial, 3d_sr ...; free for edited plans."""
     topology: str
-    """2d: patches with z = 1; 3d."""
+    """2d, 2.5d_stack and 2.5d_reduce: patches with z = 1; 3d."""
     preprocessing: PreprocessingSettings
     median_shape: Shape
     """Median (z, y, x) shape of the training cases on the configuration's grid."""
     patch_size: Shape
-    """(z, y, x) voxels of a training patch; z = 1 for 2D."""
+    """(z, y, x) voxels of a training patch on the input grid, without the halo of 2.5D; z = 1 for 2D and 2.5D.
+
+    This, `median_shape`, the architecture and the axes in `training` are in the order of a frame: `view_axis` first.
+    """
     batch_size: int
     architecture: Architecture
     training: TrainingSettings
     previous_stage: str | None = None
     """The configuration whose predicted labels are further input channels (cascade)."""
-    sr_scale: Vector = (1.0, 1.0, 1.0)
-    """Input spacing / output spacing along (z, y, x)."""
-    context_slices: int = 1
-    """Neighbouring slices that enter as channels (2.5D)."""
     view_axis: int = 0
-    """Axis along which slices are taken (2D, 2.5D)."""
+    """Network axis along which slices are taken (2D, 2.5D): 0, 1 or 2; it becomes the first axis of every patch."""
+    sr_scale: Vector = (1.0, 1.0, 1.0)
+    """Input spacing / output spacing along (z, y, x) of the patch; of an any-scale network the one planned for."""
+    sr_range: tuple[float, float] | None = None
+    """Smallest and largest scale that an any-scale network is trained for, on the axis where `sr_scale` is above 1."""
+    sr_source: str = "none"
+    """Where the fine truth comes from: none (no super-resolution); degraded (the store is fine, inputs are made by the
+    forward model); paired (labels are finer than images); self (only thick slices: learned in the plane, applied
+    through the planes)."""
+    acquisition: Acquisition | None = None
+    """The forward model, for sources `degraded` and `self` and for the consistency loss."""
+
+    @property
+    def super_resolves(self) -> bool:
+        """Whether the output grid is finer than the input grid."""
+        return self.sr_source != "none"
+
+    @property
+    def input_preprocessing(self) -> PreprocessingSettings:
+        """How a raw image is brought to the network's input grid for prediction.
+
+        Other than `preprocessing`, the store's, where the store holds the fine grid that inputs are degraded from.
+        """
+        if self.sr_source != "degraded":
+            return self.preprocessing
+        scale = [self.sr_scale[self.frames(training=False)[0].index(axis)] for axis in range(3)]
+        z, y, x = self.preprocessing.spacing
+        spacing = (None if z is None else z * scale[0], y * scale[1], x * scale[2])
+        return dataclasses.replace(self.preprocessing, spacing=spacing)
+
+    def frames(self, *, training: bool) -> tuple[Shape, ...]:
+        """Orders of the network axes in which patches are seen: entry i is the axis that becomes patch axis i.
+
+        One, the view's, but for self-supervision: it trains on slices in the plane, in which either axis may be the
+        one that is degraded (patch axis 1), and predicts slices through the planes, whose axis 1 is the thick one;
+        predictions of several frames are averaged.
+        """
+        if self.sr_source == "self":
+            return ((0, 1, 2), (0, 2, 1)) if training else ((1, 0, 2), (2, 0, 1))
+        first, second = (axis for axis in range(3) if axis != self.view_axis)
+        return ((self.view_axis, first, second),)
 
 
 @dataclass(frozen=True)
@@ -296,17 +377,97 @@ def _network_problem(c: Configuration, plan: Plan) -> str | None:
         return f"patch_size {list(c.patch_size)} must be divisible by {list(a.divisor)}, the product of the strides"
     if c.patch_size == a.divisor:
         return f"patch_size {list(c.patch_size)} leaves one voxel after {stages} stages, which cannot be normalised"
-    if c.topology == "2d" and (c.patch_size[0] != 1 or any(kernel[0] != 1 for kernel in a.kernels)):
-        return f"a 2d configuration needs patch_size and kernels of 1 along z, got patch {list(c.patch_size)}"
+    problem = _topology_problem(c)
+    if problem:
+        return problem
     if c.batch_size < 1:
         return f"batch_size must be at least 1, got {c.batch_size}"
-    if a.output_channels != plan.labels.output_channels:
+    labelled = (0, plan.labels.output_channels) if a.image_channels else (plan.labels.output_channels,)
+    if a.output_channels not in labelled:
         return f"output_channels must be {plan.labels.output_channels} for these labels, got {a.output_channels}"
-    expected = len(plan.channels) + (len(plan.labels.names) if c.previous_stage else 0)
+    expected = len(plan.channels) - a.reference_channels + (len(plan.labels.names) if c.previous_stage else 0)
     if a.input_channels != expected:
         return f"input_channels must be {expected}, got {a.input_channels}"
-    if (c.sr_scale, c.context_slices, c.view_axis) != ((1.0, 1.0, 1.0), 1, 0):
-        return "sr_scale, context_slices and view_axis are reserved and must be [1, 1, 1], 1 and 0"
+    return _super_resolution_problem(c, plan)
+
+
+def _topology_problem(c: Configuration) -> str | None:
+    a = c.architecture
+    flat = c.topology != "3d"
+    if flat and (c.patch_size[0] != 1 or any(kernel[0] != 1 for kernel in a.kernels)):
+        return f"a {c.topology} configuration needs patch_size and kernels of 1 along z, got patch {list(c.patch_size)}"
+    expected = {"2.5d_stack": "stack", "2.5d_reduce": "reduce"}.get(c.topology, "none")
+    if a.context != expected:
+        return f"a {c.topology} configuration needs context '{expected}', got '{a.context}'"
+    if a.context_slices < 1 or a.context_slices % 2 == 0 or (a.context_slices > 1) != (expected != "none"):
+        least = "1" if expected == "none" else "an odd number from 3"
+        return f"context_slices of a {c.topology} configuration must be {least}, got {a.context_slices}"
+    if c.view_axis not in (0, 1, 2) or (c.view_axis and not flat):
+        return f"view_axis must be 0, 1 or 2, and 0 for 3d, got {c.view_axis}"
+    return None
+
+
+def _super_resolution_problem(c: Configuration, plan: Plan) -> str | None:
+    a = c.architecture
+    if c.sr_source not in SR_SOURCES:
+        return unknown_choice("sr_source", c.sr_source, SR_SOURCES)
+    if a.head not in HEADS:
+        return unknown_choice("head", a.head, HEADS)
+    if any(not 1 <= s <= LARGEST_SCALE for s in (*c.sr_scale, *a.head_scale, *(c.sr_range or ()))):
+        given = f"{list(c.sr_scale)} and {list(a.head_scale)}" + (f", range {list(c.sr_range)}" if c.sr_range else "")
+        return f"scales must be from 1 to {LARGEST_SCALE:g}, got {given}"
+    if any(s > h + 1e-6 for s, h in zip(c.sr_scale, a.head_scale, strict=True)):
+        return f"sr_scale {list(c.sr_scale)} must not exceed head_scale {list(a.head_scale)}"
+    if (c.sr_source == "none") != (a.head == "plain"):
+        return f"sr_source '{c.sr_source}' does not go with head '{a.head}'"
+    own_channels = len(plan.channels) - a.reference_channels
+    if a.image_channels not in (0, own_channels):
+        return f"image_channels must be 0 or the image's {own_channels}, got {a.image_channels}"
+    unknown = next((name for name in c.training.image_losses if name not in IMAGE_LOSSES), None)
+    if unknown:
+        return unknown_choice("image loss", unknown, IMAGE_LOSSES)
+    return _source_problem(c) or _acquisition_problem(c)
+
+
+def _source_problem(c: Configuration) -> str | None:
+    """Whether grids, labels and scales are those that the source of fine truth has."""
+    label_scale = [c.preprocessing.label_scale[axis] for axis in c.frames(training=True)[0]]
+    if any(not 1 <= s <= LARGEST_SCALE for s in label_scale):
+        return f"label_scale must be from 1 to {LARGEST_SCALE:g}, got {list(c.preprocessing.label_scale)}"
+    expected = list(c.sr_scale) if c.sr_source == "paired" else [1.0, 1.0, 1.0]
+    if any(not math.isclose(s, e, abs_tol=1e-3) for s, e in zip(label_scale, expected, strict=True)):
+        return (
+            f"label_scale along the axes of a patch must be {expected} for sr_source '{c.sr_source}', got {label_scale}"
+        )
+    refined = [axis for axis, s in enumerate(c.sr_scale) if s > 1]
+    if not c.super_resolves and (c.architecture.image_channels or c.sr_range or max(c.architecture.head_scale) > 1):
+        return "image_channels, sr_range and head_scale above 1 need a sr_source"
+    if c.super_resolves and not refined:
+        return f"sr_source '{c.sr_source}' needs a sr_scale above 1 along an axis, got {list(c.sr_scale)}"
+    if c.sr_source == "self" and (c.topology == "3d" or refined != [1] or c.view_axis):
+        return (
+            "sr_source 'self' needs slices along axis 0 and a sr_scale above 1 along axis 1 alone, "
+            f"got a {c.topology} configuration along axis {c.view_axis} with sr_scale {list(c.sr_scale)}"
+        )
+    if c.sr_range is not None:
+        largest = max(c.architecture.head_scale[axis] for axis in refined)
+        if not c.sr_range[0] <= c.sr_range[1] <= largest + 1e-6:
+            return f"sr_range must rise and end within head_scale {largest:g}, got {list(c.sr_range)}"
+    return None
+
+
+def _acquisition_problem(c: Configuration) -> str | None:
+    model = c.acquisition
+    if model is None:
+        reason = f"sr_source '{c.sr_source}'" if c.sr_source in ("degraded", "self") else ""
+        reason = reason or ("the image loss 'consistency'" if "consistency" in c.training.image_losses else "")
+        return f"{reason} needs an acquisition" if reason else None
+    if model.profile not in PROFILES:
+        return unknown_choice("profile", model.profile, PROFILES)
+    if not 0 < model.thickness[0] <= model.thickness[1] < math.inf:
+        return f"thickness must rise from above 0, got {list(model.thickness)}"
+    if not 0 <= model.gap < 1 or not 0 <= model.noise < math.inf:
+        return f"gap must be from 0 to below 1 and noise not negative, got {model.gap} and {model.noise}"
     return None
 
 

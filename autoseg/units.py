@@ -67,6 +67,18 @@ def parse_part(text: str, *, option: str) -> tuple[int, int]:
     return part, parts
 
 
+def parse_numbers(text: str, *, option: str, counts: tuple[int, ...] = (3,)) -> tuple[float, ...]:
+    """(4.0, 1.0, 1.0) of "4,1,1"; `counts`: how many numbers may be given. Raises PlanError naming `option`."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in counts or not all(map(math.isfinite, numbers)):
+        expected = " or ".join("one number" if n == 1 else f"{n} numbers with commas, such as 4,1,1" for n in counts)
+        raise PlanError(f"{option} {text}: expected {expected}, in the order of the files' arrays (z, y, x).")
+    return numbers
+
+
 def format_seconds(seconds: float) -> str:
     """`12 s`, `4 min 30 s`, `3 h 20 min`."""
     if not math.isfinite(seconds):

@@ -26,6 +26,7 @@ from autoseg.plan import Budget, Configuration, Plan  # noqa: E402
 
 GIGABYTES = (8, 24)
 PEER_NAMES = {"3d_cascade": "3d_cascade_fullres"}
+SHARED = ("2d", "3d_fullres", "3d_lowres", "3d_cascade")  # nnU-Net has no 2.5D and no super-resolution
 
 INTRODUCTION = """# What autoseg plans, beside nnU-Net
 
@@ -83,7 +84,7 @@ def section(name: str, facts: dict[str, Any]) -> list[str]:
         theirs = facts[f"ExperimentPlanner@{gigabytes}GB"]
         budget = Budget(gigabytes * 10**9, 0.0, "auto")
         plan = planner.plan_experiment(fingerprint, budget, probe=False)
-        plans = {c.name: plan for c in plan.configurations}
+        plans = {c.name: plan for c in plan.configurations if c.name in SHARED}
         if "2d" not in plans:
             asked = planner.plan_experiment(fingerprint, budget, probe=False, configurations=["2d"])
             plans = {"2d": asked, **plans}

@@ -61,6 +61,12 @@ def _facts(c: Configuration, forecast: Forecast | None) -> list[tuple[str, str]]
     ]
     if c.previous_stage:
         facts.append(("previous stage", c.previous_stage))
+    if c.view_axis:
+        facts.append(("slices along", f"axis {c.view_axis} of the stored image; sizes begin with it"))
+    if a.context != "none":
+        facts.append(("context", f"{a.context_slices} slices, {a.context}"))
+    if c.super_resolves:
+        facts += _super_resolution(c)
     if forecast is not None:
         time = f"{forecast.seconds_per_step:.3g} s a step, " if forecast.seconds_per_step else "step not timed, "
         fold = format_seconds(forecast.fold_seconds) if forecast.fold_seconds else "not known"
@@ -70,6 +76,22 @@ def _facts(c: Configuration, forecast: Forecast | None) -> list[tuple[str, str]]
             ("", f"{forecast.parameters / 1e6:.2f} M parameters, {forecast.step_flops / 1e9:.3g} GFLOP a step"),
         ]
     return facts
+
+
+def _super_resolution(c: Configuration) -> list[tuple[str, str]]:
+    spacing = " x ".join("as it is" if s is None else f"{s:g}" for s in c.input_preprocessing.spacing)
+    scale = " x ".join(f"{s:g}" for s in c.sr_scale)
+    if c.sr_range is not None:
+        scale += f", any from {c.sr_range[0]:g} to {c.sr_range[1]:g}"
+    answers = [f"{c.architecture.output_channels} classes"] * bool(c.architecture.output_channels)
+    answers += [f"{c.architecture.image_channels} image channels"] * bool(c.architecture.image_channels)
+    model = c.acquisition
+    profile = "" if model is None else f", {model.profile} of {model.thickness[0]:g} to {model.thickness[1]:g} slices"
+    return [
+        ("input grid", f"{spacing} mm"),
+        ("scale", f"{scale}, {c.architecture.head} head: {' and '.join(answers)}"),
+        ("fine truth", f"{c.sr_source}{profile}"),
+    ]
 
 
 def _section(title: str, decisions: Sequence[Decision], *, prefix: str) -> str:

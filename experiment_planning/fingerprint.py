@@ -69,6 +69,8 @@ class CaseFingerprint:
     """Centre (z, y, x) of each structure in mm from the cropped corner; None where the case does not have it."""
     image_checksum: int = 0
     """CRC-32 of the voxels: equal in cases whose images are the same, which must not be parted by a fold."""
+    label_scale: Vector = (1.0, 1.0, 1.0)
+    """Image / label spacing (z, y, x), in canonical orientation: above 1 where labels lie on a finer grid."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,8 @@ def measure_case(case: Case, *, dataset: RawDataset, quota: int, class_quota: in
         raise DatasetError(f"Case {case.identifier}: a training case needs a label, none is there.")
     permutation, flips = canonical_axes(image.grid.direction)
     pixels, mask = turn_array(image.array, permutation, flips), turn_array(label.array, permutation, flips)
-    before = pixels.shape[1:]
+    before, labelled = pixels.shape[1:], mask.shape[1:]
+    mask = _on_grid(mask, before)
     box = nonzero_box(pixels)
     pixels, mask = pixels[(slice(None), *box)], mask[(slice(None), *box)][0]
     spacing = tuple(float(image.grid.spacing[axis]) for axis in permutation)
@@ -207,6 +210,7 @@ def measure_case(case: Case, *, dataset: RawDataset, quota: int, class_quota: in
                 None if s.centroid is None else _millimetres(s.centroid, spacing) for s in structures
             ),
             image_checksum=zlib.crc32(np.ascontiguousarray(image.array).data),
+            label_scale=_ratio(labelled, before),
         ),
         dimensions=2 if min(before) == 1 else 3,
         foreground=_draw(pixels, np.isin(mask, dataset.labels.foreground_values), quota, random),
@@ -426,6 +430,20 @@ def _parting_axis(left: int, right: int, cases: Sequence[CaseFingerprint]) -> in
 
 def _millimetres(position: Sequence[float], spacing: Sequence[float]) -> Vector:
     z, y, x = (round(p * s, 2) for p, s in zip(position, spacing, strict=True))
+    return z, y, x
+
+
+def _on_grid(mask: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """A label (1, Z, Y, X) on a grid of `shape` voxels over the same extent: the nearest voxel's value."""
+    if mask.shape[1:] == tuple(shape):
+        return mask
+    nearest = [((np.arange(n) + 0.5) * old / n).astype(int) for n, old in zip(shape, mask.shape[1:], strict=True)]
+    found: NDArray[Any] = mask[np.ix_(range(mask.shape[0]), *nearest)]
+    return found
+
+
+def _ratio(finer: Sequence[int], shape: Sequence[int]) -> Vector:
+    z, y, x = (float(f"{f / n:.6g}") for f, n in zip(finer, shape, strict=True))
     return z, y, x
 
 

@@ -54,11 +54,20 @@ class GridRules:
         return rules.resampled_shape(self.shapes[case], own, target)
 
 
-def plan_grid(fingerprint: Fingerprint, notes: Notes) -> GridRules:
-    """Axis order, target spacing, normalisation and mirroring."""
-    order = rules.coarsest_first(fingerprint.median_spacing, fingerprint.median_shape)
+def plan_grid(fingerprint: Fingerprint, notes: Notes, *, expected: Vector | None = None) -> GridRules:
+    """Axis order, target spacing, normalisation and mirroring.
+
+    `expected` is the canonical spacing of the images that will be met in use, where these are coarser than the
+    dataset's: their coarsest axis comes first.
+    """
+    met = expected or fingerprint.median_spacing
+    order = rules.coarsest_first(met, fingerprint.median_shape)
     median = _ordered(fingerprint.median_spacing, order)
-    if fingerprint.dimensions == 2:
+    if expected is not None and fingerprint.dimensions == 3:
+        because = (
+            f"images of {sizes(_ordered(expected, order))} mm are expected: canonical axis {'zyx'[order[0]]} first."
+        )
+    elif fingerprint.dimensions == 2:
         because = "the images are planes: the axis of length 1 comes first."
     elif median[0] > 1.001 * max(median[1:]):
         others = f"{median[1]:g} and {median[2]:g} mm"

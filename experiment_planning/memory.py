@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from autoseg.labels import Labels
 from autoseg.plan import Architecture, Configuration, Shape
+from autoseg.training.batches import Batch, blank_batch
 from autoseg.training.settings import RECIPES
 from autoseg.training.step import TrainingState, build_training, training_step
 
@@ -68,15 +69,22 @@ def training_memory(
 
     `precision` is a key of PRECISIONS: the type that autocast computes in.
     """
-    recipe = configuration.training.recipe
-    meter = StepMeter(configuration.architecture, labels, recipe=recipe, precision=precision, threads=threads)
+    meter = StepMeter(
+        configuration.architecture,
+        labels,
+        recipe=configuration.training.recipe,
+        precision=precision,
+        threads=threads,
+        configuration=configuration,
+    )
     return meter.measure(batch_size or configuration.batch_size, patch_size or configuration.patch_size)
 
 
 class StepMeter:
     """A training of one architecture on fake tensors, built once and measured for any batch and patch size.
 
-    `threads` are those of the training, by default torch's own.
+    `threads` are those of the training, by default torch's own. The `configuration` says what a super-resolving network
+    is trained on, and by what loss; without it that is degraded images, at the head's scale, and L1.
     """
 
     def __init__(
@@ -87,23 +95,22 @@ class StepMeter:
         recipe: str,
         precision: str = "bf16",
         threads: int | None = None,
+        configuration: Configuration | None = None,
     ) -> None:
-        self.channels = architecture.input_channels
+        self.architecture, self.configuration = architecture, configuration
         self.precision = PRECISIONS[precision]
         self.fake = FakeTensorMode()
         self.live = LiveStorages(threads or torch.get_num_threads())
         with self.fake, self.live:
-            self.state = build_training(architecture, labels, RECIPES[recipe])
+            self.state = build_training(architecture, labels, RECIPES[recipe], configuration=configuration)
         self.parameters = sum(p.numel() for p in self.state.network.parameters())
         self._update: _Update | None = None
 
     def measure(self, batch_size: int, patch_size: Shape) -> MemoryEstimate:
-        """What a step on a batch (batch_size, C, *patch_size) needs."""
+        """What a step on a batch (batch_size, C, *patch_size), with its halo and its fine truth, needs."""
         with self.fake, self.live:
             self.live.restart()
-            image = torch.zeros((batch_size, self.channels, *patch_size))
-            label = torch.zeros((batch_size, 1, *patch_size), dtype=torch.int16)
-            peak = self._step(image, label)
+            peak = self._step(blank_batch(self.architecture, batch_size, patch_size, configuration=self.configuration))
             if self._update is None:
                 raise AssertionError("the optimiser was never asked for its update")
         return MemoryEstimate(
@@ -113,7 +120,7 @@ class StepMeter:
             parameters=self.parameters,
         )
 
-    def _step(self, image: Tensor, label: Tensor) -> int:
+    def _step(self, batch: Batch) -> int:
         """The peak of one step; the update itself, which neither batch nor patch changes, is measured once."""
         state_before = _state_bytes(self.state)
         peak_before = bytes_before = 0
@@ -127,12 +134,15 @@ class StepMeter:
 
         hook = self.state.optimizer.register_step_pre_hook(note_and_stop)
         with contextlib.suppress(_Stop):
-            training_step(self.state, image, label, precision=self.precision)
+            training_step(
+                self.state, batch.image, batch.label, precision=self.precision, truth=batch.truth, grid=batch.grid
+            )
         hook.remove()
         # the first step ever runs without optimiser state, every later one with it
         made = _state_bytes(self.state) - state_before
         if self._update is None:
-            data = image.untyped_storage().nbytes() + label.untyped_storage().nbytes()
+            tensors = (batch.image, batch.label, *(() if batch.truth is None else (batch.truth,)))
+            data = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
             self._update = _Update(self.live.peak_bytes - bytes_before - made, self.live.bytes - data)
         return made + max(peak_before, bytes_before + self._update.transient_bytes)
 
@@ -214,7 +224,11 @@ def workspace_bytes(func: Any, args: Sequence[Any], out: Any, *, threads: int) -
         return max(source + _bytes(weight) + target - _bytes(out), target)
     if func is aten.convolution_backward.default:
         gradient, image, weight = args[0], args[1], args[2]
-        copies = _blocked_bytes(gradient) + (0 if image.shape[1] <= PLAIN_CHANNELS else _blocked_bytes(image))
+        copies = _blocked_bytes(gradient)
+        if image.shape[1] > PLAIN_CHANNELS:
+            copies += _blocked_bytes(image)
+        elif args[10][0]:  # the gradient of a plain image, where it is wanted, is blocked before it is made plain
+            copies += _blocked_bytes(image) - _bytes(image)
         if image.dtype == torch.float32:
             return copies
         samples = 1 if threads == 1 else 2 if threads < 8 else 4  # seen with torch 2.13 from 1 to 16 threads

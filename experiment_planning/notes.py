@@ -20,7 +20,8 @@ class Notes:
 
     def without(self, configurations: Collection[str]) -> tuple[Decision, ...]:
         """All but those that concern one of `configurations`, which were tried and not planned."""
-        return tuple(d for d in self._taken.values() if d.name.split(".")[0] not in configurations)
+        prefixes = tuple(f"{name}." for name in configurations)
+        return tuple(d for d in self._taken.values() if not d.name.startswith(prefixes))
 
 
 def sizes(values: Sequence[float]) -> str:

@@ -11,14 +11,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from autoseg.errors import PlanError, unknown_choice
+from autoseg.errors import PlanError
 from autoseg.experiment_planning import topology as rules
+from autoseg.experiment_planning.draft import CASCADE, CONFIGURATIONS, draft_plan, first_choice
 from autoseg.experiment_planning.fingerprint import Fingerprint
-from autoseg.experiment_planning.grid import GridRules, plan_grid
+from autoseg.experiment_planning.forms import (
+    PLAIN_FORMS,
+    SUPER_RESOLVED_FORMS,
+    VIEWS,
+    Form,
+    context_slices,
+    frame_of,
+    volume_form,
+)
+from autoseg.experiment_planning.grid import GridRules
 from autoseg.experiment_planning.machine import GPU_FOLD_STEPS, MEMORY_SHARE, Machine, resolve_machine
 from autoseg.experiment_planning.notes import Notes, sizes
+from autoseg.experiment_planning.superresolution import (
+    AUTOMATIC_SCALE,
+    Asked,
+    Ceiling,
+    SuperResolution,
+    snap,
+    why_acquisition,
+)
 from autoseg.experiment_planning.topology import Topology
 from autoseg.plan import (
+    Acquisition,
     Architecture,
     Budget,
     Configuration,
@@ -35,7 +54,7 @@ if TYPE_CHECKING:
     from autoseg.experiment_planning.memory import MemoryEstimate, StepMeter
     from autoseg.experiment_planning.timing import Speed
 
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade")
+ISOTROPIC = 1.5  # slices at most so many times as thick as pixels show as much along every view
 
 # --- what a fold's time should give
 WIDE_STEPS = 5000  # steps that a network wider than 16 must leave room for: it gains from long trainings alone
@@ -53,38 +72,45 @@ MIN_BATCH = {2: 12, 3: 2}  # smallest batch that the time may ask for; a 2D batc
 NARROWEST_WIDE_PATCH = 16  # below this width the patch shrinks first, down to ...
 SMALLEST_PATCH_VOXELS = {2: 160**2, 3: 48**3}  # ... so many voxels
 DATASET_SHARE = 0.05  # of the dataset's voxels that a batch may hold (nnU-Net's)
+WORTH_COARSER = 1.2  # times as much of the image must be seen for a coarser input grid to be taken
 COMPRESSION = 0.7  # compressed by plain size of a float32 image and an int16 label in the store: an estimate
 
 
 def plan_experiment(
-    fingerprint: Fingerprint, budget: Budget, *, configurations: Sequence[str] | None = None, probe: bool = True
+    fingerprint: Fingerprint,
+    budget: Budget,
+    *,
+    configurations: Sequence[str] | None = None,
+    asked: Asked | None = None,
+    ceiling: Ceiling | None = None,
+    probe: bool = True,
 ) -> Plan:
     """The plan for a dataset and a budget.
 
     A budget of 0 bytes or 0 seconds means the default; device `auto` the best one that is there. `configurations`
-    overrides the choice of the rules. Without `probe` no training step is run: nothing is shaped by time.
+    overrides the choice of the rules, `asked` the grids of super-resolution; `ceiling` measures what labels lose on a
+    coarser grid (`superresolution.label_ceiling`), where a rule wants to know. Without `probe` no training step is run:
+    nothing is shaped by time.
 
     Raises PlanError where a configuration is unknown or does not suit the images, or nothing fits the memory.
     """
     notes = Notes()
     machine = resolve_machine(budget, notes, probe=probe)
-    grid = plan_grid(fingerprint, notes)
-    wanted = choose_configurations(fingerprint, grid, configurations, notes)
-    planner = Planner(fingerprint, grid, machine, notes)
-    planned: dict[str, Configuration] = {}
-    if "2d" in wanted:
-        planned["2d"] = planner.plan("2d", spacing=grid.spacing, dimensions=2)
-    if {"3d_fullres", "3d_lowres", "3d_cascade"} & set(wanted):
-        full = planner.plan("3d_fullres", spacing=grid.spacing, dimensions=3)
-        if "3d_fullres" in wanted:
-            planned["3d_fullres"] = full
-        low = planner.plan_lowres(full, asked=configurations is not None, wanted=wanted)
-        if low is not None:
-            planned["3d_lowres"] = low
-            if configurations is None or "3d_cascade" in wanted:
-                planned["3d_cascade"] = planner.plan(
-                    "3d_cascade", spacing=grid.spacing, dimensions=3, previous_stage="3d_lowres", like=full
-                )
+    draft = draft_plan(fingerprint, configurations, asked or Asked(), ceiling, notes)
+    planner = Planner(fingerprint, draft.grid, machine, notes)
+    planned = planner.plan_siblings(draft.flat_forms)
+    if set(CASCADE) & set(draft.wanted):
+        planned |= planner.plan_volumes(draft.wanted, asked=configurations is not None)
+    if draft.resolution is not None:
+        planned |= {form.name: planner.plan(form) for form in draft.super_resolved_forms}
+    else:
+        planned |= planner.plan_for_context(draft.wanted, asked=configurations is not None, task=draft.task)
+    if draft.task != Asked().task and not any(configuration.super_resolves for configuration in planned.values()):
+        raise PlanError(
+            f"--task {draft.task}: nothing asks for super-resolution; give --input-spacing, --output-spacing or "
+            "--sr-scale too."
+        )
+    notes.add("first_choice", *first_choice(planned))
     forecasts = {name: planner.forecast(configuration) for name, configuration in planned.items()}
     finished = {name: planner.with_length(configuration, forecasts[name]) for name, configuration in planned.items()}
     return Plan(
@@ -101,56 +127,20 @@ def plan_experiment(
 
 
 def first_stores(
-    fingerprint: Fingerprint, configurations: Sequence[str] | None = None
+    fingerprint: Fingerprint,
+    configurations: Sequence[str] | None = None,
+    asked: Asked | None = None,
+    ceiling: Ceiling | None = None,
 ) -> tuple[PreprocessingSettings, ...]:
     """The stores that a plan will need whatever is measured: they can be filled while the networks are sized.
 
     Raises PlanError as `plan_experiment` does.
     """
-    notes = Notes()
-    grid = plan_grid(fingerprint, notes)
-    wanted = choose_configurations(fingerprint, grid, configurations, notes)
-    return tuple(
-        preprocessing_settings(grid, grid.spacing, dimensions=dimensions)
-        for name, dimensions in (("2d", 2), ("3d_fullres", 3))
-        if name in wanted
-    )
-
-
-def preprocessing_settings(grid: GridRules, spacing: Vector, *, dimensions: int) -> PreprocessingSettings:
-    """How cases are brought to `spacing`; slices stay as they are in 2D."""
-    target = (None, *spacing[1:]) if dimensions == 2 else spacing
-    return PreprocessingSettings(target, grid.axis_order, grid.normalization)
-
-
-def choose_configurations(
-    fingerprint: Fingerprint, grid: GridRules, asked: Sequence[str] | None, notes: Notes
-) -> tuple[str, ...]:
-    """Which configurations are planned; whether a low resolution pays is decided later, when the patch is known."""
-    for name in asked or ():
-        if name not in CONFIGURATIONS:
-            raise PlanError(unknown_choice("Configuration", name, CONFIGURATIONS))
-        if fingerprint.dimensions == 2 and name != "2d":
-            raise PlanError(
-                f"Configuration {name} needs volumes; the images of {fingerprint.dataset} are 2D, plan '2d' instead."
-            )
-    anisotropy = grid.spacing[0] / min(grid.spacing[1:])
-    if asked is not None:
-        if not asked:
-            raise PlanError(f"No configuration was asked for; choose among {', '.join(CONFIGURATIONS)}.")
-        wanted, because = tuple(asked), "they were asked for."
-    elif fingerprint.dimensions == 2:
-        wanted, because = ("2d",), "the images are 2D."
-    elif anisotropy > rules.ANISOTROPIC:
-        wanted = ("2d", "3d_fullres")
-        because = (
-            f"slices are {anisotropy:.1f} times thicker than pixels: a 2D network may win, cross-validation decides."
-        )
-    else:
-        wanted = ("3d_fullres",)
-        because = f"volumes whose slices are {anisotropy:.1f} times as thick as pixels: 3D sees more."
-    notes.add("configurations", wanted, because)
-    return wanted
+    draft = draft_plan(fingerprint, configurations, asked or Asked(), ceiling, Notes())
+    forms = [*draft.flat_forms, *draft.super_resolved_forms]
+    if "3d_fullres" in draft.wanted:
+        forms.append(volume_form("3d_fullres", draft.grid, draft.grid.spacing))
+    return tuple(dict.fromkeys(form.preprocessing for form in forms))
 
 
 # --- one configuration ------------------------------------------------------------------------------------------
@@ -164,36 +154,82 @@ class Planner:
     grid: GridRules
     machine: Machine
     notes: Notes
+    _full: Configuration | None = None
+    _forms: dict[str, Form] = field(default_factory=dict)
     _meters: dict[Architecture, StepMeter] = field(default_factory=dict)
     _estimates: dict[tuple[Architecture, int, Shape], MemoryEstimate] = field(default_factory=dict)
     _speeds: dict[tuple[Any, ...], Speed] = field(default_factory=dict)
 
+    def plan_siblings(self, forms: Sequence[Form]) -> dict[str, Configuration]:
+        """Networks of slices: the search for the others begins with what the memory allowed the first one."""
+        planned: dict[str, Configuration] = {}
+        for form in forms:
+            planned[form.name] = self.plan(form, sibling=next(iter(planned.values()), None))
+        return planned
+
     def plan(
-        self,
-        name: str,
-        *,
-        spacing: Vector,
-        dimensions: int,
-        previous_stage: str | None = None,
-        like: Configuration | None = None,
+        self, form: Form, *, like: Configuration | None = None, sibling: Configuration | None = None
     ) -> Configuration:
-        """One configuration: its patch and batch as the memory allows, then width, batch and patch as the time does."""
-        preprocessing = preprocessing_settings(self.grid, spacing, dimensions=dimensions)
-        median = self.grid.median_shape(preprocessing.spacing)
-        self.notes.add(f"{name}.spacing", preprocessing.spacing, self._why_spacing(name, median))
-        build = Builder(self.fingerprint, dimensions, previous_stage is not None, math.prod(median))
-        in_plane, shape = spacing[3 - dimensions :], median[3 - dimensions :]
+        """One configuration: its patch and batch as the memory allows, then width, batch and patch as the time does.
+
+        It begins with the patch of the configuration that it is `like`; the memory of its `sibling` is about its own.
+        """
+        name, dimensions = form.name, form.dimensions
+        self._forms[name] = form
+        median = form.median_shape
+        self.notes.add(
+            f"{name}.spacing", form.preprocessing.spacing, f"{form.because}; the median image is {sizes(median)}."
+        )
+        build = Builder(self.fingerprint, form)
+        in_plane, shape = form.spacing[3 - dimensions :], median[3 - dimensions :]
         start = rules.plan_topology(in_plane, rules.first_patch(in_plane, shape))
         if like is not None:
             start = rules.plan_topology(in_plane, like.patch_size)
         limit = Size(start, WIDTHS[0], self._largest_batch(build, start))
+        if sibling is not None and not (self.machine.timed and self.machine.budget.fold_seconds):
+            each = math.prod(start.patch) / math.prod(sibling.patch_size)
+            batch = max(2, min(limit.batch, int(sibling.batch_size / each)))
+            limit = self._confirm(build, Size(start, sibling.architecture.features[0], batch))
         size = self._fit_time(build, limit, in_plane, shape)
         if not self._fits(build, size):  # on a slow machine the time asks for so little that this is the exception
             limit = self._fit_memory(build, start, in_plane, shape)
             size = self._confirm(build, self._fit_time(build, limit, in_plane, shape))
         self._note_size(name, build, size, limit, shape)
-        thick = dimensions == 3 and self._is_thick(name, spacing, size)
         architecture = build.architecture(size.topology, size.width)
+        self._note_network(form, architecture)
+        return Configuration(
+            name=name,
+            topology=form.topology,
+            preprocessing=form.preprocessing,
+            median_shape=median,
+            patch_size=rules.as_volume(size.topology.patch),
+            batch_size=size.batch,
+            architecture=architecture,
+            training=self._training(form, size),
+            previous_stage=form.previous_stage,
+            view_axis=form.view_axis,
+            sr_scale=form.sr_scale,
+            sr_range=form.sr_range,
+            sr_source="none" if form.resolution is None else form.resolution.source,
+            acquisition=None if form.resolution is None else form.resolution.acquisition,
+        )
+
+    def _training(self, form: Form, size: Size) -> TrainingSettings:
+        """Which axes may be mirrored, made coarse or turned through, in the order of the frame."""
+        thick = form.dimensions == 3 and self._is_thick(form, size)
+        frames = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 0, 1)) if _is_self(form) else (frame_of(form.view_axis),)
+        first = 3 - form.dimensions
+        coarse = [axis for axis in range(1 if thick else first, 3) if form.sr_scale[axis] == 1]
+        return TrainingSettings(
+            mirror_axes=tuple(
+                axis for axis in range(first, 3) if all(frame[axis] in self.grid.mirror_axes for frame in frames)
+            ),
+            low_resolution_axes=tuple(coarse),
+            rotate_out_of_plane=form.dimensions == 3 and not thick and not _is_paired(form),
+        )
+
+    def _note_network(self, form: Form, architecture: Architecture) -> None:
+        name = form.name
         self.notes.add(
             f"{name}.architecture",
             {"strides": architecture.strides, "kernels": architecture.kernels},
@@ -201,21 +237,135 @@ class Planner:
             f"kernels are 1 along an axis until it is ({architecture.divisor[0]}x{architecture.divisor[1]}x"
             f"{architecture.divisor[2]} in all, {len(architecture.strides)} stages).",
         )
-        return Configuration(
-            name=name,
-            topology="2d" if dimensions == 2 else "3d",
-            preprocessing=preprocessing,
-            median_shape=median,
-            patch_size=rules.as_volume(size.topology.patch),
-            batch_size=size.batch,
-            architecture=architecture,
-            training=TrainingSettings(
-                mirror_axes=tuple(axis for axis in self.grid.mirror_axes if axis >= 3 - dimensions),
-                low_resolution_axes=(1, 2) if thick or dimensions == 2 else (0, 1, 2),
-                rotate_out_of_plane=dimensions == 3 and not thick,
-            ),
-            previous_stage=previous_stage,
+        if form.context != "none":
+            axis = form.view_axis
+            depths = [shape[axis] for shape in self.grid.shapes]
+            self.notes.add(
+                f"{name}.context_slices",
+                form.context_slices,
+                f"the thinnest case has {min(depths)} slices, the median one {int(sorted(depths)[len(depths) // 2])}: "
+                f"{form.halo} on each side of the one that is labelled.",
+            )
+        if form.resolution is None:
+            return
+        low, high = form.sr_range or (1.0, 1.0)
+        self.notes.add(
+            f"{name}.sr_scale",
+            form.sr_scale,
+            f"the network reads {sizes(form.resolution.input_spacing)} mm and answers on "
+            f"{sizes(form.resolution.output_spacing)} mm (slices first)"
+            + (f"; it is trained for any scale from {low:g} to {high:g}." if form.sr_range else "."),
         )
+        answers = ["labels"] * form.resolution.segments + ["image"] * form.resolution.restores_images
+        self.notes.add(
+            f"{name}.answers",
+            answers,
+            "the task that was asked for, by default both."
+            if form.resolution.source != "paired"
+            else "labels are finer than the images, so there is no truth for an image.",
+        )
+        if form.resolution.acquisition is not None:
+            because = why_acquisition(form.resolution.acquisition, self.fingerprint.channels)
+            self.notes.add(f"{name}.acquisition", form.resolution.acquisition, because)
+
+    def plan_volumes(self, wanted: Sequence[str], *, asked: bool) -> dict[str, Configuration]:
+        """`3d_fullres` and, where the patch sees too little, the low resolution, its cascade and the three views."""
+        planned: dict[str, Configuration] = {}
+        full = self.plan(volume_form("3d_fullres", self.grid, self.grid.spacing))
+        self._full = full
+        if "3d_fullres" in wanted:
+            planned["3d_fullres"] = full
+        low = self.plan_lowres(full, asked=asked, wanted=wanted)
+        if low is not None:
+            planned["3d_lowres"] = low
+            if not asked or "3d_cascade" in wanted:
+                form = volume_form("3d_cascade", self.grid, self.grid.spacing, previous_stage="3d_lowres")
+                planned["3d_cascade"] = self.plan(form, like=full)
+        if not asked:
+            planned |= self.plan_views(full)
+        return planned
+
+    def plan_views(self, full: Configuration) -> dict[str, Configuration]:
+        """Axial, coronal and sagittal stacks, to be averaged: for even spacing where 3D sees too little."""
+        anisotropy = self.grid.spacing[0] / min(self.grid.spacing[1:])
+        seen = share_seen(full)
+        if anisotropy >= ISOTROPIC or seen >= rules.LOWRES_SHARE:
+            self.notes.add(
+                "triplanar",
+                False,
+                f"slices are {anisotropy:.1f} times as thick as pixels and the 3D patch sees {seen:.0%} of the median "
+                f"image; three views pay below {ISOTROPIC:g} times and {rules.LOWRES_SHARE:.0%}.",
+            )
+            return {}
+        try:
+            forms = [PLAIN_FORMS[n](self.grid, context_slices(n, self.fingerprint, self.grid)) for n in VIEWS]
+        except PlanError as error:
+            self.notes.add("triplanar", False, str(error))
+            return {}
+        self.notes.add(
+            "triplanar",
+            True,
+            f"the 3D patch sees only {seen:.0%} of the median image, a slice all of its plane, and slices are "
+            f"{anisotropy:.1f} times as thick as pixels: every view shows as much; the mean of the three predicts.",
+        )
+        return self.plan_siblings(forms)
+
+    def plan_for_context(self, wanted: Sequence[str], *, asked: bool, task: str) -> dict[str, Configuration]:
+        """`3d_sr` for its context: it reads a coarse grid, of which its patch sees enough, and answers on the fine one.
+
+        Planned beside the cascade, and on request. Raises PlanError where it was asked for and no grids are known.
+        """
+        named = [name for name in wanted if name in SUPER_RESOLVED_FORMS]
+        if not named and (asked or "3d_fullres" not in wanted):
+            return {}
+        full = self._full or self.plan(volume_form("3d_fullres", self.grid, self.grid.spacing))
+        seen = share_seen(full)
+        low = self.lowres_spacing(full, at_least_half=False) if seen < rules.LOWRES_SHARE else None
+        if low is None or set(named) - {"3d_sr"}:
+            if named:
+                raise PlanError(
+                    f"{named[0]} must know its grids, and neither the dataset nor the memory asks for any; give "
+                    "--input-spacing, --output-spacing or --sr-scale."
+                )
+            enough = "that is enough" if seen >= rules.LOWRES_SHARE else "a coarser grid would save too little"
+            because = f"the full-resolution patch sees {min(seen, 1):.0%} of the median image: {enough}."
+            self.notes.add("super_resolution.for_context", False, because)
+            return {}
+        try:
+            found = self._plan_context(low, task)
+        except PlanError as error:  # a candidate that does not fit leaves the others as they are
+            if named:
+                raise
+            self.notes.add("super_resolution.for_context", False, f"the patch sees {seen:.0%}, but {error}")
+            return {}
+        self.notes.add(
+            "super_resolution.for_context",
+            found.sr_scale,
+            f"the full-resolution patch sees {seen:.0%} of the median image; on a grid {sizes(found.sr_scale)} times "
+            f"coarser it sees {share_seen(found):.0%}, and one network answers on the fine grid (PFSeg: low resolution "
+            "in, high resolution out scored 0.838 against 0.809 for upsampled answers).",
+        )
+        return {"3d_sr": found}
+
+    def _plan_context(self, low: Vector, task: str) -> Configuration:
+        """`3d_sr` at the smallest whole scale from that of `low` on at which its patch sees enough.
+
+        What a patch may hold on the fine grid is limited too: a scale that lets it see hardly more is not taken.
+        """
+
+        def plan(scale: tuple[float, ...]) -> Configuration:
+            z, y, x = scale
+            resolution = SuperResolution("degraded", (z, y, x), self.grid.spacing, Acquisition("dirac"), task)
+            return self.plan(SUPER_RESOLVED_FORMS["3d_sr"](self.grid, resolution, 1))
+
+        factors = (math.ceil(snap(c / f)) for c, f in zip(low, self.grid.spacing, strict=True))
+        found = plan(tuple(min(AUTOMATIC_SCALE, float(factor)) for factor in factors))
+        while share_seen(found) < rules.LOWRES_SHARE and max(found.sr_scale) < AUTOMATIC_SCALE:
+            coarser = plan(tuple(s + 1 if s > 1 else s for s in found.sr_scale))
+            if share_seen(coarser) < WORTH_COARSER * share_seen(found):
+                return plan(found.sr_scale)  # its reasons again
+            found = coarser
+        return found
 
     def plan_lowres(self, full: Configuration, *, asked: bool, wanted: Sequence[str]) -> Configuration | None:
         """The low resolution at which the patch sees a quarter of the median image, where that pays; else None."""
@@ -241,18 +391,24 @@ class Planner:
                 f"{gain:.1f} times fewer voxels: too little to gain.",
             )
             return None
-        low = self.plan("3d_lowres", spacing=spacing, dimensions=3)
+        low = self.plan(volume_form("3d_lowres", self.grid, spacing))
         # a voxel of the coarser grid may need less memory, so that the patch is larger than was thought: try finer
         finer, halved = self._lowres_spacing(math.prod(low.patch_size), full_voxels, at_least_half=requested)
         if halved and finer < spacing:
-            better = self.plan("3d_lowres", spacing=finer, dimensions=3)
+            better = self.plan(volume_form("3d_lowres", self.grid, finer))
             if math.prod(better.patch_size) >= rules.LOWRES_SHARE * math.prod(better.median_shape):
                 low, spacing = better, finer
             else:
-                low = self.plan("3d_lowres", spacing=spacing, dimensions=3)  # its reasons again
+                low = self.plan(volume_form("3d_lowres", self.grid, spacing))  # its reasons again
         because = "it was asked for" if requested else f"the full-resolution patch sees only {seen:.0%} of the image"
         self.notes.add("lowres", True, f"{because}; on {sizes(spacing)} mm it sees at least a quarter.")
         return low
+
+    def lowres_spacing(self, full: Configuration, *, at_least_half: bool) -> Vector | None:
+        """The finest spacing at which the full-resolution patch would see a quarter; None where that gains little."""
+        patch_voxels, full_voxels = math.prod(full.patch_size), math.prod(full.median_shape)
+        spacing, halved = self._lowres_spacing(patch_voxels, full_voxels, at_least_half=at_least_half)
+        return spacing if halved else None
 
     def _lowres_spacing(self, patch_voxels: int, full_voxels: int, *, at_least_half: bool) -> tuple[Vector, bool]:
         """The finest spacing at which a patch of so many voxels sees a quarter; whether it has half the voxels."""
@@ -278,6 +434,7 @@ class Planner:
         channels = len(self.fingerprint.channels)
         spacing = configuration.preprocessing.spacing
         voxels = sum(math.prod(self.grid.shape_on(i, spacing)) for i in range(len(self.grid.shapes)))
+        finer = math.prod(configuration.preprocessing.label_scale)
         seconds = self._seconds_per_step(configuration)
         fold = self.machine.budget.fold_seconds or seconds * GPU_FOLD_STEPS
         self.notes.add(
@@ -294,7 +451,7 @@ class Planner:
         )
         return Forecast(
             memory_bytes=estimate.peak_bytes,
-            disk_bytes=int(voxels * (4 * channels + 2) * COMPRESSION),
+            disk_bytes=int(voxels * (4 * channels + 2 * finer) * COMPRESSION),
             step_flops=estimate.step_flops,
             seconds_per_step=round(seconds, 4),
             fold_seconds=round(fold, 1),
@@ -356,7 +513,7 @@ class Planner:
             )  # memory follows the voxels closely, so most steps are skipped
             while True:
                 smaller = rules.shrink(topology, spacing, shape)
-                if smaller is None or math.prod(smaller.patch) < SMALLEST_PATCH_VOXELS[build.dimensions]:
+                if smaller is None or math.prod(smaller.patch) < build.smallest_patch_voxels:
                     return self._fit_narrow(build, topology)
                 topology = smaller
                 if math.prod(topology.patch) <= max(voxels, 1):
@@ -399,7 +556,7 @@ class Planner:
         return size
 
     def _largest_batch(self, build: Builder, topology: Topology) -> int:
-        voxels = build.median_voxels * len(self.grid.shapes)
+        voxels = math.prod(build.form.median_shape) * len(self.grid.shapes)
         return max(2, round(DATASET_SHARE * voxels / math.prod(topology.patch)))
 
     def _measure_size(self, build: Builder, size: Size) -> MemoryEstimate:
@@ -413,7 +570,7 @@ class Planner:
         fold = self.machine.budget.fold_seconds
         if not self.machine.timed or not fold:
             return limit
-        base = min(MIN_BATCH[build.dimensions], limit.batch)
+        base = min(MIN_BATCH[build.form.dimensions], limit.batch)
         topology = limit.topology
         speed = self._speed(build, topology)
         for width in (w for w in WIDTHS if NARROWEST_WIDE_PATCH <= w <= limit.width):
@@ -421,17 +578,19 @@ class Planner:
             if fold / _seconds(speed, size) >= (WIDE_STEPS if width > NARROWEST_WIDE_PATCH else TARGET_STEPS):
                 break
         else:
-            size = self._shrink_for_time(speed, spacing, shape, Size(topology, limit.width, base))
+            start, least = Size(topology, limit.width, base), build.smallest_patch_voxels
+            size = self._shrink_for_time(speed, spacing, shape, start, least=least)
         if _seconds(speed, size) * BATCH_STEPS < fold:
             batch = int(size.batch * fold / BATCH_STEPS / _seconds(speed, size))
             size = replace(size, batch=max(size.batch, min(batch, limit.batch)))
         return size
 
-    def _shrink_for_time(self, speed: Speed, spacing: Sequence[float], shape: Sequence[int], size: Size) -> Size:
+    def _shrink_for_time(
+        self, speed: Speed, spacing: Sequence[float], shape: Sequence[int], size: Size, *, least: float
+    ) -> Size:
         """A smaller patch first, where it is big, then a narrower network, then a smaller batch."""
         fold = self.machine.budget.fold_seconds
         size = replace(size, width=min(size.width, NARROWEST_WIDE_PATCH))
-        least = SMALLEST_PATCH_VOXELS[len(shape)]
         while fold / _seconds(speed, size) < TARGET_STEPS:
             smaller = rules.shrink(size.topology, spacing, shape)
             if smaller is None or math.prod(smaller.patch) < least:
@@ -450,7 +609,7 @@ class Planner:
 
         from autoseg.experiment_planning.timing import probe_speed
 
-        key = (build.dimensions, build.cascade, topology.kernels)
+        key = (build.key, topology.kernels)
         if key not in self._speeds:
             self._speeds[key] = probe_speed(
                 build.architecture(topology, PROBE_WIDTH),
@@ -464,8 +623,8 @@ class Planner:
     def _seconds_per_step(self, configuration: Configuration) -> float:
         if not self.machine.timed:
             return 0.0
-        dimensions = 2 if configuration.topology == "2d" else 3
-        build = Builder(self.fingerprint, dimensions, cascade=configuration.previous_stage is not None)
+        build = Builder(self.fingerprint, self._forms[configuration.name])
+        dimensions = build.form.dimensions
         a = configuration.architecture
         cut = slice(3 - dimensions, 3)
         topology = Topology(
@@ -478,21 +637,16 @@ class Planner:
     def _why_untimed(self) -> str:
         return "no GPU is here" if self.machine.budget.device == "gpu" else "probing was switched off"
 
-    def _why_spacing(self, name: str, median: Shape) -> str:
-        if name == "3d_lowres":
-            return (
-                f"coarsened by 3 % at a time until the patch sees a quarter of the median image, here {sizes(median)}."
-            )
-        if name == "2d":
-            return f"slices stay as they are, pixels take the target spacing; the median image is {sizes(median)}."
-        return f"the target spacing; the median image is {sizes(median)}."
-
-    def _is_thick(self, name: str, spacing: Vector, size: Size) -> bool:
-        patch = size.topology.patch
+    def _is_thick(self, form: Form, size: Size) -> bool:
+        """Whether patches are not turned through the slices; where inputs are degraded, the fine ones are turned."""
+        patch, spacing = size.topology.patch, form.spacing
+        if form.resolution is not None and form.resolution.source == "degraded":
+            patch = tuple(round(p * s) for p, s in zip(patch, form.sr_scale, strict=True))
+            spacing = form.resolution.output_spacing
         ratio, flat = spacing[0] / min(spacing[1:]), max(patch) / patch[0]
         thick = ratio > rules.ANISOTROPIC or flat > rules.ANISOTROPIC
         self.notes.add(
-            f"{name}.augmentation",
+            f"{form.name}.augmentation",
             "in the plane" if thick else "in all directions",
             f"slices are {ratio:.1f} times as thick as pixels and the patch is {flat:.1f} times as long as it is deep"
             + (": turning it through the slices would invent voxels." if thick else "."),
@@ -555,26 +709,57 @@ class Size:
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes the architecture of a dataset for any topology and width."""
+    """Makes the architecture of a form for any topology and width."""
 
     fingerprint: Fingerprint
-    dimensions: int
-    cascade: bool = False
-    median_voxels: int = 0
-    """Of the median image on the configuration's grid."""
+    form: Form
+
+    @property
+    def smallest_patch_voxels(self) -> float:
+        """Input voxels below which a patch is not shrunk; they hold as many output voxels for every network."""
+        return SMALLEST_PATCH_VOXELS[self.form.dimensions] / math.prod(self.form.head_scale)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two networks of the same kernels differ in time."""
+        form, resolution = self.form, self.form.resolution
+        answers = None if resolution is None else (resolution.segments, resolution.restores_images)
+        return form.dimensions, form.previous_stage, form.context, form.context_slices, form.head_scale, answers
 
     def architecture(self, topology: Topology, width: int) -> Architecture:
         """The U-Net of a topology: features double with each stage, two convolutions each."""
+        form, resolution = self.form, self.form.resolution
         labels, stages = self.fingerprint.labels, topology.stages
+        channels = len(self.fingerprint.channels)
+        segments = resolution is None or resolution.segments
         return Architecture(
-            input_channels=len(self.fingerprint.channels) + (len(labels.names) if self.cascade else 0),
-            output_channels=labels.output_channels,
-            features=tuple(min(width * 2**i, MAX_FEATURES[self.dimensions]) for i in range(stages)),
+            input_channels=channels + (len(labels.names) if form.previous_stage else 0),
+            output_channels=labels.output_channels if segments else 0,
+            features=tuple(min(width * 2**i, MAX_FEATURES[form.dimensions]) for i in range(stages)),
             strides=tuple(rules.as_volume(stride) for stride in topology.strides),
             kernels=tuple(rules.as_volume(kernel) for kernel in topology.kernels),
             encoder_convs=(CONVS,) * stages,
             decoder_convs=(CONVS,) * (stages - 1),
+            context=form.context,
+            context_slices=form.context_slices,
+            head="plain" if resolution is None else "subpixel",
+            head_scale=form.head_scale,
+            image_channels=channels if resolution is not None and resolution.restores_images else 0,
         )
+
+
+def share_seen(configuration: Configuration) -> float:
+    """The share of the median image that a patch sees."""
+    seen = zip(configuration.patch_size, configuration.median_shape, strict=True)
+    return math.prod(min(p, m) for p, m in seen) / math.prod(configuration.median_shape)
+
+
+def _is_self(form: Form) -> bool:
+    return form.resolution is not None and form.resolution.source == "self"
+
+
+def _is_paired(form: Form) -> bool:
+    return form.resolution is not None and form.resolution.source == "paired"
 
 
 def _seconds(speed: Speed, size: Size) -> float:

@@ -10,7 +10,8 @@ import torch
 
 from autoseg.device import autocast_dtype
 from autoseg.labels import Labels
-from autoseg.plan import Architecture, Shape
+from autoseg.plan import Architecture, Configuration, Shape
+from autoseg.training.batches import blank_batch
 from autoseg.training.settings import RECIPES
 from autoseg.training.step import build_training, training_step
 
@@ -43,18 +44,28 @@ class Speed:
 
 
 def probe_speed(
-    architecture: Architecture, labels: Labels, *, recipe: str, patch_size: Shape, device: torch.device
+    architecture: Architecture,
+    labels: Labels,
+    *,
+    recipe: str,
+    patch_size: Shape,
+    device: torch.device,
+    configuration: Configuration | None = None,
 ) -> Speed:
-    """Seconds of a real training step: `architecture` on random data, on a batch of about PROBE_VOXELS voxels."""
+    """Seconds of a real training step: `architecture` on random data, on a batch of about PROBE_VOXELS input voxels.
+
+    The `configuration` says what a super-resolving network is trained on, and by what loss, as for `StepMeter`.
+    """
     patch = _smaller_patch(patch_size, architecture.divisor)
     batch = max(1, PROBE_VOXELS // math.prod(patch))
-    state = build_training(architecture, labels, RECIPES[recipe], device)
-    image = torch.randn((batch, architecture.input_channels, *patch), device=device)
-    label = torch.zeros((batch, 1, *patch), dtype=torch.int16, device=device)
+    state = build_training(architecture, labels, RECIPES[recipe], device, configuration=configuration)
+    data = blank_batch(architecture, batch, patch, configuration=configuration, device=device)
+    image, precision = data.image.normal_(), autocast_dtype(device)
     seconds: list[float] = []
     while len(seconds) <= PROBE_STEPS and sum(seconds[1:]) < PROBE_SECONDS:
         began = time.perf_counter()
-        training_step(state, image, label, precision=autocast_dtype(device)).item()  # .item() waits for a GPU
+        loss = training_step(state, image, data.label, precision=precision, truth=data.truth, grid=data.grid)
+        loss.item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
     # the quickest step: whatever else runs on the machine only adds to a step's time
     return Speed(min(seconds[1:]), architecture.features[0], batch * math.prod(patch), str(device))

@@ -114,7 +114,8 @@ def find_held_out(plan: Plan, stage: str, cases: Sequence[str], *, workspace: Wo
 
 def bring_to_next_stage(one: HeldOut, *, store: Store, source: Store, labels: Labels) -> None:
     """Read one prediction and write it to `store` on the grid that the case has in `source`. Runs in a worker."""
-    geometry = source.entry(one.case).geometry
+    entry = source.entry(one.case)
+    geometry = entry.label_geometry or entry.geometry
     prediction = read_image(one.prediction)
     if prediction.shape != geometry.original.shape:
         raise StorageError(

@@ -1,20 +1,24 @@
 """A trained fold + the preprocessed store -> `validation/`: held-out predictions, scores, pictures, probabilities.
 
-    validation/CASE.nii.gz             labels on the grid of the raw image
+    validation/CASE.nii.gz             labels on the grid of the case's label
     validation/summary.json            every score, by case and class
+    validation/images.json             scores of super-resolved images, where the fine image is known
     validation/pictures/worst.png      and best.png, median.png
     validation/probabilities/          a store: arrays "plain" and "mirrored", (K, Z, Y, X) float16 on the network grid
 
 The probabilities wait there until the selection of a configuration has used them.
+Whatever grid a network answers on, it is scored on the label's own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +27,18 @@ from torch import Tensor
 
 from autoseg.dataset import Case, RawDataset, read_case
 from autoseg.errors import AutosegError, CheckpointError, PlanError
-from autoseg.image import read_image, write_image
+from autoseg.files import read_json, write_json
+from autoseg.image import Image, read_image, write_image
 from autoseg.inference.cascade import held_out_cases, prepare_previous_stage
-from autoseg.inference.evaluation import SUMMARY, Evaluation, Pair, evaluate_pairs
+from autoseg.inference.evaluation import SUMMARY, Evaluation, ImageScores, Pair, evaluate_pairs, score_image
 from autoseg.inference.export import export_labels
+from autoseg.inference.grids import bring_logits
+from autoseg.inference.held_out import HeldOutCase, held_out_case
 from autoseg.inference.pictures import best_median_worst, draw_case
-from autoseg.inference.predictor import Model, PredictionSettings, load_model, predict_network_grid
-from autoseg.labels import Labels
+from autoseg.inference.predictor import Model, NetworkAnswer, PredictionSettings, load_model, predict_network_grid
 from autoseg.plan import Plan
-from autoseg.preprocessing.store import Store, StoreEntry
+from autoseg.preprocessing.resample import resample_image
+from autoseg.preprocessing.store import Store
 from autoseg.workspace import CHECKPOINT, VALIDATION, Workspace
 
 __all__ = ["prepare_previous_stage", "validate_fold"]  # training a cascade needs both
@@ -40,6 +47,7 @@ log = logging.getLogger(__name__)
 
 ALL = "all"  # the fold that trains on every case
 PICTURES = "pictures"
+IMAGES = "images.json"
 PROBABILITIES = "probabilities"
 PLAIN, MIRRORED = "plain", "mirrored"
 TRAINING_SCORES = (
@@ -76,21 +84,24 @@ def validate_fold(
     before = prepare_previous_stage(plan, configuration, workspace=workspace, workers=workers)
     previous = None if before is None else Store(before)
     store = Store(workspace.store(settings.preprocessing))
+    labelled = settings.architecture.output_channels > 0
     chosen = _chosen_cases(dataset, _held_out(fold, store, workspace) if cases is None else cases, fold=fold)
     failed = _predict_missing(
         chosen, store, previous,
-        folder=folder, plan=plan, ending=dataset.file_ending, device=device, mirroring=mirroring, progress=progress,
+        folder=folder, plan=plan, ending=dataset.file_ending, labelled=labelled, device=device, mirroring=mirroring,
+        progress=progress,
     )  # fmt: skip
     pairs = [
         Pair(case.identifier, _prediction(validation, case.identifier, dataset.file_ending), case.label)
         for case in chosen
-        if case.identifier not in failed and case.label is not None
+        if labelled and case.identifier not in failed and case.label is not None
     ]
     note = TRAINING_SCORES if fold == ALL else ""
     evaluation = evaluate_pairs(pairs, labels=plan.labels, workers=workers, note=note)
-    evaluation = replace(evaluation, failed={**evaluation.failed, **failed})
+    images = _image_scores(validation / IMAGES, [case.identifier for case in chosen if case.identifier not in failed])
+    evaluation = replace(evaluation, failed={**evaluation.failed, **failed}, images=images)
     evaluation.save(validation / SUMMARY)
-    if pictures:
+    if pictures and labelled:
         draw_predictions(evaluation, dataset, validation)
     return evaluation
 
@@ -101,6 +112,8 @@ def draw_predictions(evaluation: Evaluation, dataset: RawDataset, folder: Path) 
     paths = []
     for rank, identifier in best_median_worst(evaluation.ranking()).items():
         image, reference = read_case(known[identifier], dataset)
+        if reference is not None and reference.shape != image.shape:  # a label on a finer grid of its own
+            image = Image(resample_image(image.array, reference.shape, order=1), reference.grid)
         path = folder / PICTURES / f"{rank}.png"
         draw_case(
             path,
@@ -152,6 +165,7 @@ def _predict_missing(
     folder: Path,
     plan: Plan,
     ending: str,
+    labelled: bool,
     device: str,
     mirroring: bool,
     progress: Callable[[str, int, int], None] | None,
@@ -163,7 +177,9 @@ def _predict_missing(
     todo = [
         case.identifier
         for case in cases
-        if not _is_done(kept, case.identifier, source, label=_prediction(validation, case.identifier, ending))
+        if not _is_done(
+            kept, case.identifier, source, label=_prediction(validation, case.identifier, ending) if labelled else None
+        )
     ]
     log.info("%s: %d of %d cases are predicted already", validation, len(cases) - len(todo), len(cases))
     if not todo:
@@ -177,11 +193,15 @@ def _predict_missing(
     failed: dict[str, str] = {}
     for number, case in enumerate(todo, start=1):
         try:
-            entry = store.entry(case)
-            image = _network_input(entry, None if previous is None else previous.entry(case), plan.labels)
-            logits, probabilities = _predict(model, image, mirroring=mirroring)
-            write_image(export_labels(logits, entry.geometry, plan.labels), _prediction(validation, case, ending))
-            kept.write(case, probabilities, entry.geometry, {}, source=source)
+            before = None if previous is None else previous.entry(case)
+            held_out = held_out_case(store.entry(case), model.configuration, plan.labels, previous=before)
+            answer, probabilities = _predict(model, held_out, mirroring=mirroring)
+            if answer.logits is not None:
+                labels = export_labels(answer.logits, held_out.scored, plan.labels)
+                write_image(labels, _prediction(validation, case, ending))
+            if answer.image is not None and held_out.truth is not None:
+                _keep_image_score(validation / IMAGES, case, score_image(answer.image.numpy(), held_out.truth))
+            kept.write(case, probabilities, held_out.scored, {}, source=source)
         except AutosegError as error:
             sentence = str(error)
             failed[case] = sentence if case in sentence else f"Case {case}: {sentence}"
@@ -191,26 +211,21 @@ def _predict_missing(
     return failed
 
 
-def _network_input(entry: StoreEntry, previous: StoreEntry | None, labels: Labels) -> NDArray[np.float32]:
-    """Image channels (C, Z, Y, X) and, in a cascade, after them where the previous stage saw each structure."""
-    image = np.asarray(entry.read("image"), dtype=np.float32)
-    if previous is None:
-        return image
-    seen = previous.read("label")[0]
-    return np.concatenate([image, np.stack([labels.mask(seen, name) for name in labels.names]).astype(np.float32)])
-
-
 def _predict(
-    model: Model, image: NDArray[np.float32], *, mirroring: bool
-) -> tuple[Tensor, dict[str, NDArray[np.float16]]]:
-    """The logits to export, and the probabilities to keep: without mirroring, and with it where the plan allows any."""
+    model: Model, held_out: HeldOutCase, *, mirroring: bool
+) -> tuple[NetworkAnswer, dict[str, NDArray[np.float16]]]:
+    """What to export and to score, and the probabilities to keep: without mirroring, and with it where allowed."""
     regions = model.plan.labels.has_regions
-    logits = predict_network_grid(model, image, settings=PredictionSettings(mirroring=False))
-    probabilities = {PLAIN: _probabilities(logits, regions=regions)}
-    if mirroring and model.configuration.training.mirror_axes:
-        logits = predict_network_grid(model, image, settings=PredictionSettings(mirroring=True))
-        probabilities[MIRRORED] = _probabilities(logits, regions=regions)
-    return logits, probabilities
+    ways = {PLAIN: False, **({MIRRORED: True} if mirroring and model.configuration.training.mirror_axes else {})}
+    kept: dict[str, NDArray[np.float16]] = {}
+    for name, mirrored in ways.items():
+        settings = PredictionSettings(mirroring=mirrored)
+        answer = predict_network_grid(model, held_out.image, grid=held_out.grid, settings=settings)
+        if answer.logits is not None:
+            logits = bring_logits(answer.logits, held_out.answered, held_out.scored, regions=regions)
+            answer = answer._replace(logits=logits)
+            kept[name] = _probabilities(logits, regions=regions)
+    return answer, kept
 
 
 def _probabilities(logits: Tensor, *, regions: bool) -> NDArray[np.float16]:
@@ -223,9 +238,31 @@ def _probabilities(logits: Tensor, *, regions: bool) -> NDArray[np.float16]:
     return result
 
 
-def _is_done(kept: Store, case: str, source: str, *, label: Path) -> bool:
+def _keep_image_score(path: Path, case: str, scores: ImageScores) -> None:
+    """An infinite or undefined score is kept as null."""
+    finite = {name: score if math.isfinite(score) else None for name, score in scores.items()}
+    write_json(path, {**_read_image_scores(path), case: finite})
+
+
+def _image_scores(path: Path, cases: Sequence[str]) -> dict[str, ImageScores]:
+    known = _read_image_scores(path)
+    return {
+        case: {name: math.nan if score is None else float(score) for name, score in known[case].items()}
+        for case in sorted(cases)
+        if case in known
+    }
+
+
+def _read_image_scores(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = read_json(path, error=PlanError, what="scores of images", remedy="delete it and validate the fold again")
+    return content if isinstance(content, dict) else {}
+
+
+def _is_done(kept: Store, case: str, source: str, *, label: Path | None) -> bool:
     """Whether this checkpoint predicted the case; the probabilities are written last."""
-    if not kept.has(case) or not label.is_file():
+    if not kept.has(case) or (label is not None and not label.is_file()):
         return False
     try:
         entry = kept.entry(case)

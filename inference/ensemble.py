@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1, so that their logarithm stays a number float16 holds
+from autoseg.inference.grids import SMALLEST, bring_logits
+from autoseg.preprocessing.case import CaseGeometry
+
 PLANE_BYTES = 2**26  # what is converted to float32 at a time
 
 
@@ -38,6 +40,30 @@ def average_logits(members: Iterable[Tensor], *, regions: bool) -> Tensor:
                 mean = (result[:, planes].float() / count).clamp(SMALLEST, 1 - SMALLEST)
                 result[:, planes] = (mean.logit() if regions else mean.log()).to(result.dtype)
     return result
+
+
+def average_on_one_grid(
+    members: Iterable[tuple[Tensor, CaseGeometry]], *, regions: bool, target: CaseGeometry | None = None
+) -> tuple[Tensor, CaseGeometry]:
+    """The mean of members that answer on grids of their own: logits (K, Z, Y, X) and the geometry they lie on.
+
+    Each member is its logits and the geometry whose network grid they are on, all of one case; `target` is the
+    geometry that is asked for (default: the first member's). Probabilities are brought to its network grid, averaged
+    over its voxels where it is coarser than a member's, and averaged there.
+    """
+    waiting = iter(members)
+    first = next(waiting, None)
+    if first is None:
+        raise ValueError("an ensemble needs at least one member")
+    asked = target or first[1]
+
+    def brought() -> Iterator[Tensor]:
+        assert first is not None
+        yield bring_logits(*first, asked, regions=regions)
+        for logits, geometry in waiting:
+            yield bring_logits(logits, geometry, asked, regions=regions)
+
+    return average_logits(brought(), regions=regions), asked
 
 
 def _probabilities(logits: Tensor, *, regions: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Predicted and reference label files -> `Evaluation`: scores by case and class, means with intervals, JSON, table.
 
-Reads label maps in any format of `autoseg.image`; the JSON holds no NaN: what has no value (both masks empty, or an
-infinite distance because one is) is null.
+Reads label maps in any format of `autoseg.image`, and super-resolved images with the true fine ones. The JSON holds no
+NaN: what has no value (both masks empty, or an infinite distance because one is) is null.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from autoseg.files import read_json, write_json
 from autoseg.geometry import corner_distance
 from autoseg.image import Image, read_image
 from autoseg.labels import Labels
-from autoseg.metrics import METRICS, TOLERANCE_MM, score_masks
+from autoseg.metrics import IMAGE_METRICS, METRICS, TOLERANCE_MM, Metric, score_images, score_masks
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,10 @@ SEED = 0  # the same scores give the same intervals
 GRID_TOLERANCE = 0.5  # voxels by which corresponding corners may be apart; beyond it the two files show other places
 TABLE_COLUMNS = ("dice", "iou", "nsd", "hd95", "assd", "volume_error_ml", "volume_error_ratio")
 
+IMAGE_SUFFIX, FIRST_CHANNEL = "_image", "_0000"  # CASE_image.nii.gz is compared with CASE_0000.nii.gz or CASE.nii.gz
+
 Scores = dict[str, dict[str, float]]  # class -> metric -> score
+ImageScores = dict[str, float]  # metric -> score
 Box = tuple[slice, slice, slice]
 Integers = NDArray[np.integer[Any]]
 
@@ -89,6 +92,15 @@ class Evaluation:
     """Tolerance of NSD."""
     note: str = ""
     """What a reader of the scores must know."""
+    images: dict[str, ImageScores] = field(default_factory=dict)
+    """Of super-resolved images, by case and metric; nan where there is nothing to compare, inf where they are equal."""
+
+    @property
+    def image_mean(self) -> dict[str, Statistic]:
+        """Of super-resolved images, by metric; empty without them."""
+        draws = _resampled_counts(len(self.images))
+        values = {name: [[scores[name]] for scores in self.images.values()] for name in IMAGE_METRICS}
+        return {name: _statistic(np.array(column), draws) for name, column in values.items() if column}
 
     @property
     def complete(self) -> bool:
@@ -106,7 +118,7 @@ class Evaluation:
         """The content of `summary.json`."""
         content = {
             "note": self.note,
-            "metrics": {name: {"title": m.title, "unit": m.unit, "better": m.better} for name, m in METRICS.items()},
+            "metrics": _descriptions(METRICS),
             "nsd_tolerance_mm": self.tolerance_mm,
             "confidence": CONFIDENCE,
             "mean": {metric: vars(statistic) for metric, statistic in self.mean.items()},
@@ -119,6 +131,9 @@ class Evaluation:
             "missing": list(self.missing),
             "extra": list(self.extra),
         }
+        if self.images:
+            mean = {metric: vars(statistic) for metric, statistic in self.image_mean.items()}
+            content["images"] = {"metrics": _descriptions(IMAGE_METRICS), "mean": mean, "cases": self.images}
         cleaned: dict[str, Any] = _finite(content)
         return cleaned
 
@@ -127,11 +142,12 @@ class Evaluation:
         write_json(path, self.to_json())
 
     def table(self) -> str:
-        """Means with their intervals, one block of two lines for each class, as plain text."""
+        """Means with their intervals, two lines for each class, then those of the images, as plain text."""
         rows = [(name, self.by_class[name]) for name in self.classes]
         if len(rows) > 1:
             rows.append(("mean", self.mean))
-        return _table(rows, self.tolerance_mm)
+        tables = [_table(rows, self.tolerance_mm)] if rows or not self.images else []
+        return "\n\n".join([*tables, *([_image_table(self.image_mean)] if self.images else [])])
 
     def problems(self) -> tuple[str, ...]:
         """One sentence for each case that was not scored."""
@@ -177,8 +193,77 @@ def evaluate_folders(
         progress=progress,
         missing=[case for case in sorted(expected) if case not in given],
         # pictures and the like beside the predictions are not predictions
-        extra=[case for case in sorted(given) if case not in expected and _ending(given[case]) in kinds],
+        extra=[
+            case
+            for case in sorted(given)
+            if case not in expected and _ending(given[case]) in kinds and not _is_image_of(case, expected)
+        ],
     )
+
+
+def evaluate_image_folders(
+    predictions: Path, references: Path, *, workers: int = 1, progress: Callable[[str], None] | None = None
+) -> Evaluation:
+    """Score super-resolved images against the true fine ones: PSNR and SSIM, in two folders or two files.
+
+    CASE_image.nii.gz, or CASE.nii.gz where there is none, is compared with CASE.nii.gz or CASE_0000.nii.gz. A case that
+    cannot be scored is named, the others are finished. Raises PredictionError where there is nothing to compare.
+    """
+    expected = _image_files(references, FIRST_CHANNEL, "references")
+    given = _image_files(predictions, IMAGE_SUFFIX, "predictions")
+    if references.is_file() and predictions.is_file():
+        given = {next(iter(expected)): predictions}
+    pairs = [Pair(case, given[case], expected[case]) for case in sorted(expected) if case in given]
+    if not pairs:
+        raise PredictionError(
+            f"None of the {len(given)} images in {predictions} has a reference of the same name in {references} "
+            f"({len(expected)} files, such as {next(iter(expected.values())).name}); check the two folders."
+        )
+    images: dict[str, ImageScores] = {}
+    failed: dict[str, str] = {}
+    for index, result in map_cases(score_image_pair, pairs, workers=workers, names=[pair.case for pair in pairs]):
+        case = pairs[index].case
+        if isinstance(result, AutosegError):
+            failed[case] = _named(case, str(result))
+            log.warning("%s", failed[case])
+        elif isinstance(result, Exception):
+            raise result
+        else:
+            images[case] = result
+        if progress:
+            progress(case)
+    return Evaluation(
+        classes=(),
+        cases={},
+        by_class={},
+        mean={},
+        failed=dict(sorted(failed.items())),
+        missing=tuple(case for case in sorted(expected) if case not in given),
+        extra=tuple(case for case in sorted(given) if case not in expected),
+        tolerance_mm=TOLERANCE_MM,
+        images=dict(sorted(images.items())),
+    )
+
+
+def score_image_pair(pair: Pair) -> ImageScores:
+    """The scores of one super-resolved image by metric.
+
+    Raises DatasetError or PredictionError where a file cannot be read or the two do not fit together.
+    """
+    reference, prediction = read_image(pair.reference), read_image(pair.prediction)
+    if prediction.channels != reference.channels:
+        raise PredictionError(
+            f"Case {pair.case}: the image {pair.prediction} has {prediction.channels} channels, its reference "
+            f"{reference.channels}; compare the same channels."
+        )
+    _check_same_grid(pair, prediction, reference)
+    return score_image(prediction.array, reference.array)
+
+
+def score_image(prediction: NDArray[Any], reference: NDArray[Any]) -> ImageScores:
+    """PSNR and SSIM of an image (C, Z, Y, X) against its reference, the mean over the channels, by metric."""
+    channels = [score_images(truth, answer) for truth, answer in zip(reference, prediction, strict=True)]
+    return {name: sum(scores[name] for scores in channels) / len(channels) for name in IMAGE_METRICS}
 
 
 def evaluate_pairs(
@@ -290,6 +375,18 @@ def _label_files(folder: Path, what: str) -> dict[str, Path]:
     return files
 
 
+def _image_files(folder: Path, suffix: str, what: str) -> dict[str, Path]:
+    """Case -> file. Where some names end with `suffix`, those are the images, and what is beside them is not."""
+    files = _label_files(folder, what)
+    marked = {case.removesuffix(suffix): path for case, path in files.items() if case.endswith(suffix)}
+    return marked or files
+
+
+def _is_image_of(case: str, expected: Mapping[str, Path]) -> bool:
+    """Whether a file beside the predicted labels is the super-resolved image of one of the cases."""
+    return case.endswith(IMAGE_SUFFIX) and case.removesuffix(IMAGE_SUFFIX) in expected
+
+
 def _ending(path: Path) -> str:
     return next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), "")
 
@@ -308,6 +405,10 @@ def _check_fit(pair: Pair, prediction: Image, reference: Image) -> None:
         raise PredictionError(
             f"Case {pair.case}: {broken} has {image.channels} channels, a label file has one; is it an image?"
         )
+    _check_same_grid(pair, prediction, reference)
+
+
+def _check_same_grid(pair: Pair, prediction: Image, reference: Image) -> None:
     if prediction.shape != reference.shape:
         raise PredictionError(
             f"Case {pair.case}: the prediction {pair.prediction} has {_by(prediction.shape)} voxels (z, y, x), its "
@@ -474,6 +575,24 @@ def _table(rows: Sequence[tuple[str, Mapping[str, Statistic]]], tolerance_mm: fl
     if without:
         feet.append(f"Cases without HD95 and ASSD, since prediction or reference is empty: {', '.join(without)}.")
     return "\n".join([*(text.rstrip() for text in texts), *feet])
+
+
+def _descriptions(metrics: Mapping[str, Metric]) -> dict[str, dict[str, str]]:
+    return {name: {"title": m.title, "unit": m.unit, "better": m.better} for name, m in metrics.items()}
+
+
+def _image_table(mean: Mapping[str, Statistic]) -> str:
+    """One line for each score of the images, its interval behind it."""
+    lines = ["Super-resolved images:"]
+    for name, metric in IMAGE_METRICS.items():
+        statistic = mean[name]
+        unit = f" {metric.unit}" if metric.unit else ""
+        interval = _interval(statistic)
+        lines.append(
+            f"{metric.title}  {_number(statistic.mean)}{unit}  {f'({interval})' if interval else ''}, "
+            f"{statistic.cases} cases".replace("  ,", ",")
+        )
+    return "\n".join(lines)
 
 
 def _interval(statistic: Statistic) -> str:

@@ -173,15 +173,24 @@ def resampled_probabilities(
 
     `part` chooses some of the planes.
     """
-    z = linear_axis(logits.shape[1], shape[0])
+    for plane in resampled_planes(logits, shape, part):
+        yield (plane.sigmoid() if regions else plane.softmax(0)).numpy()
+
+
+def resampled_planes(values: Tensor, shape: Sequence[int], part: slice = EVERY) -> Iterator[Tensor]:
+    """For each output plane along z (C, Y, X) float32 of `values` (C, Z, Y, X), any float dtype, interpolated linearly.
+
+    `part` chooses some of the planes.
+    """
+    z = linear_axis(values.shape[1], shape[0])
     for lower, upper, fraction in z.places(part):
-        plane = logits[:, lower].float()
+        plane = values[:, lower].float()
         if fraction > 0:
-            plane = torch.lerp(plane, logits[:, upper].float(), fraction)
+            plane = torch.lerp(plane, values[:, upper].float(), fraction)
         size = (shape[1], shape[2])
         if size != tuple(plane.shape[1:]):
             plane = functional.interpolate(plane[None], size=size, mode="bilinear", align_corners=False)[0]
-        yield (plane.sigmoid() if regions else plane.softmax(0)).numpy()
+        yield plane
 
 
 def export_labels(
@@ -235,6 +244,35 @@ def export_probabilities(
             slabs = resampled_probabilities(logits, inside.shape[1:], planes, regions=labels.has_regions)
             for z, plane in zip(range(planes.start, planes.stop), slabs, strict=True):
                 inside[:, z] = plane
+
+    _in_threads(fill, inside.shape[1])
+    return Image(result, geometry.original)
+
+
+def export_image(
+    image: Tensor,
+    geometry: CaseGeometry,
+    units: Sequence[tuple[float, float] | None] = (),
+    *,
+    max_ram_bytes: int = MAX_RAM_BYTES,
+) -> Image:
+    """A super-resolved image (C, Z, Y, X) float32 on the original grid of `geometry`, in its orientation.
+
+    `image` (C, Z, Y, X), any float dtype, lies on the network's grid. `units` has for each channel (offset, factor)
+    that undo its normalisation, or None where it stays normalised. Outside of the crop every channel was zero and is.
+    """
+    shape = (len(image), *geometry.original.shape)
+    result = room(shape, np.float32, in_memory=int(np.prod(shape, dtype=np.int64)) * 4 <= max_ram_bytes // 2)
+    result[:] = 0
+    inside = _crop_view(result, geometry)
+    known = [pair or (0.0, 1.0) for pair in units] or [(0.0, 1.0)] * len(image)
+    offset, factor = (torch.tensor(values)[:, None, None] for values in zip(*known, strict=True))
+
+    def fill(planes: slice) -> None:
+        with torch.inference_mode():
+            slabs = resampled_planes(image, inside.shape[1:], planes)
+            for z, plane in zip(range(planes.start, planes.stop), slabs, strict=True):
+                inside[:, z] = (plane * factor + offset).numpy()
 
     _in_threads(fill, inside.shape[1])
     return Image(result, geometry.original)

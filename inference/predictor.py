@@ -1,4 +1,7 @@
-"""A model folder -> `Model`; an image -> its labels or probabilities, on its own grid and in its own orientation."""
+"""A model folder -> `Model`; an image -> its labels or probabilities, on its own grid and in its own orientation.
+
+A super-resolving model answers on a finer grid over the same extent: the image's, refined.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +21,30 @@ from autoseg.dataset import Case, RawDataset, read_case
 from autoseg.device import autocast_dtype, resolve_device
 from autoseg.errors import CheckpointError, PredictionError
 from autoseg.image import Grid, Image, Triple, image_ending
+from autoseg.inference.answer_grid import input_settings, output_geometry
 from autoseg.inference.ensemble import average_logits
-from autoseg.inference.export import export_labels, export_probabilities
+from autoseg.inference.export import export_image, export_labels, export_probabilities
+from autoseg.inference.grids import bring_logits, grid_between
 from autoseg.inference.package import is_packed, unpacked
 from autoseg.inference.sliding_window import MAX_RAM_BYTES, sliding_window_logits
 from autoseg.networks import UNet
-from autoseg.plan import Configuration, Plan
-from autoseg.preprocessing.case import CaseGeometry, PreprocessedCase, bring_label, preprocess_case
+from autoseg.networks.upsampling import OutputGrid
+from autoseg.plan import Configuration, Plan, Shape
+from autoseg.preprocessing.case import (
+    CaseGeometry,
+    PreprocessedCase,
+    bring_label,
+    find_geometry,
+    find_units,
+    preprocess_case,
+)
+from autoseg.preprocessing.framed import turned
 from autoseg.workspace import CHECKPOINT
 
 log = logging.getLogger(__name__)
 
 MODELS = "models"  # in a workspace and in an exported model: models/<configuration>/fold_<K>/
-BATCH_VOXELS = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}  # input voxels that enter the network at once
+BATCH_VOXELS = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}  # voxels of all inputs that enter the network at once
 
 Source = Path | str | Sequence[Path | str] | Image | NDArray[np.generic]
 
@@ -50,6 +65,30 @@ class PredictionSettings:
             raise PredictionError(f"The step size must be above 0 and at most 1, got {self.step_size}.")
 
 
+class NetworkAnswer(NamedTuple):
+    """What the networks of a model answer, on the CPU."""
+
+    logits: Tensor | None
+    """(K, Z, Y, X) of classes or regions; None from a model that only super-resolves."""
+    image: Tensor | None
+    """(I, Z, Y, X) in the units of the input; None from a model without an image head."""
+
+
+@dataclass(frozen=True)
+class CaseAnswer:
+    """What a model answers about one case."""
+
+    answer: NetworkAnswer
+    geometry: CaseGeometry
+    """The network grid that the answer lies on, and the way to the grid that it is asked for on."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Of classes or regions (K, Z, Y, X), of a model that predicts labels."""
+        assert self.answer.logits is not None, "the model has no class logits"
+        return self.answer.logits
+
+
 @dataclass(frozen=True)
 class Model:
     """One configuration with its trained folds, ready to predict."""
@@ -66,32 +105,110 @@ class Model:
     settings: PredictionSettings = field(default_factory=PredictionSettings)
 
     def predict(
-        self, source: Source, spacing: Triple | None = None, *, settings: PredictionSettings | None = None
+        self,
+        source: Source,
+        spacing: Triple | None = None,
+        *,
+        native: bool = False,
+        output_spacing: Triple | None = None,
+        settings: PredictionSettings | None = None,
     ) -> Image:
         """Labels (1, Z, Y, X) of an image, unsigned integers, on its own grid and in its own orientation.
 
         `source` is a file (or one for each channel, in a list), a folder with a DICOM series, an `Image`, or an array
-        (Z, Y, X) or (C, Z, Y, X) with its `spacing` (z, y, x) in mm. Raises DatasetError where a file cannot be read
-        and PredictionError where the image does not fit the model.
+        (Z, Y, X) or (C, Z, Y, X) with its `spacing` (z, y, x) in mm. A super-resolving model answers on the refined
+        grid: of `output_spacing` (mm, along the array's axes) where it takes any scale; with `native` on the image's
+        own, where a voxel gets the class with the largest mean probability. Raises DatasetError where a file cannot be
+        read and PredictionError where the image does not fit the model.
         """
         settings = settings or self.settings
         image = self.read(source, spacing)
-        case = self.preprocess(image)
-        logits = self.logits(case, image=image, settings=settings)
-        return export_labels(logits, case.geometry, self.plan.labels)
+        answer = self.label_answer(image, native=native, output_spacing=output_spacing, settings=settings)
+        return export_labels(answer.logits, answer.geometry, self.plan.labels)
 
     def predict_probabilities(
-        self, source: Source, spacing: Triple | None = None, *, settings: PredictionSettings | None = None
+        self,
+        source: Source,
+        spacing: Triple | None = None,
+        *,
+        native: bool = False,
+        output_spacing: Triple | None = None,
+        settings: PredictionSettings | None = None,
     ) -> Image:
-        """Probabilities (K, Z, Y, X) float32 on the image's own grid: background and classes, or regions.
+        """Probabilities (K, Z, Y, X) float32 on the grid that `predict` answers on: background and classes, or regions.
 
         Takes and raises what `predict` does.
         """
         settings = settings or self.settings
         image = self.read(source, spacing)
+        answer = self.label_answer(image, native=native, output_spacing=output_spacing, settings=settings)
+        limit = settings.max_ram_bytes
+        return export_probabilities(answer.logits, answer.geometry, self.plan.labels, max_ram_bytes=limit)
+
+    def predict_image(
+        self,
+        source: Source,
+        spacing: Triple | None = None,
+        *,
+        output_spacing: Triple | None = None,
+        settings: PredictionSettings | None = None,
+    ) -> Image:
+        """The super-resolved image (I, Z, Y, X) float32 on the refined grid, in the units of the image.
+
+        Normalised intensities where the normalisation cannot be undone (masked or bias-corrected). Takes and raises
+        what `predict` does, and PredictionError where the model has no image head.
+        """
+        settings = settings or self.settings
+        image = self.read(source, spacing)
         case = self.preprocess(image)
-        logits = self.logits(case, image=image, settings=settings)
-        return export_probabilities(logits, case.geometry, self.plan.labels, max_ram_bytes=settings.max_ram_bytes)
+        answer = self.answer(case, image=image, output_spacing=output_spacing, settings=settings)
+        return self.export_super_resolved(answer, image, max_ram_bytes=settings.max_ram_bytes)
+
+    def label_answer(
+        self, image: Image, *, native: bool, output_spacing: Triple | None, settings: PredictionSettings
+    ) -> CaseAnswer:
+        """What the model answers about an image that `read` gave, brought to the image's own grid with `native`.
+
+        Raises PredictionError where the model predicts no labels.
+        """
+        if not self.predicts_labels:
+            raise PredictionError(
+                f"Configuration {self.configuration.name} was trained without labels and answers with an image only; "
+                "ask for that: predict_image, or `autoseg predict --image`."
+            )
+        case = self.preprocess(image)
+        answer = self.answer(case, image=image, output_spacing=output_spacing, settings=settings)
+        return self.brought_back(answer, case.geometry, settings=settings) if native else answer
+
+    def brought_back(
+        self, answer: CaseAnswer, geometry: CaseGeometry, *, settings: PredictionSettings | None = None
+    ) -> CaseAnswer:
+        """The labels' part of an answer on the network grid of `geometry` (the image's own): mean probabilities."""
+        limit = (settings or self.settings).max_ram_bytes
+        regions = self.plan.labels.has_regions
+        logits = bring_logits(answer.logits, answer.geometry, geometry, regions=regions, max_ram_bytes=limit)
+        return CaseAnswer(NetworkAnswer(logits, None), geometry)
+
+    @property
+    def predicts_labels(self) -> bool:
+        """Whether there are class logits; a model may be trained on images alone."""
+        return self.configuration.architecture.output_channels > 0
+
+    def export_super_resolved(self, answer: CaseAnswer, image: Image, *, max_ram_bytes: int = MAX_RAM_BYTES) -> Image:
+        """The image of an answer on its grid, in the units of the raw `image`. Raises PredictionError without one."""
+        self.require_image_head()
+        assert answer.answer.image is not None
+        settings = input_settings(self.configuration, image)
+        units = find_units(image, find_geometry(image, settings), settings)
+        return export_image(answer.answer.image, answer.geometry, units, max_ram_bytes=max_ram_bytes)
+
+    def require_image_head(self) -> None:
+        """Raises PredictionError where the model does not super-resolve images."""
+        if not self.configuration.architecture.image_channels:
+            raise PredictionError(
+                f"Configuration {self.configuration.name} has no image head, so there is no super-resolved image; use "
+                "a model that was trained with one, such as 3d_sr."
+            )
 
     def read(self, source: Source, spacing: Triple | None = None) -> Image:
         """The image (C, Z, Y, X) float32 of any `source` that `predict` takes, checked against the model."""
@@ -130,21 +247,28 @@ class Model:
         return Image(array.astype(np.float32, copy=False), image.grid)
 
     def preprocess(self, image: Image) -> PreprocessedCase:
-        """The image on the network's grid, with the way back."""
-        return preprocess_case(image, None, self.configuration.preprocessing, None)
+        """The image on the grid that the network reads, with the way back."""
+        return preprocess_case(image, None, input_settings(self.configuration, image), None)
 
-    def logits(
-        self, case: PreprocessedCase, *, image: Image | None = None, settings: PredictionSettings | None = None
-    ) -> Tensor:
-        """Logits (K, Z, Y, X) on the network's grid of a case from `preprocess`; a cascade needs its `image` too."""
+    def answer(
+        self,
+        case: PreprocessedCase,
+        *,
+        image: Image | None = None,
+        output_spacing: Triple | None = None,
+        settings: PredictionSettings | None = None,
+    ) -> CaseAnswer:
+        """What the networks answer about a case from `preprocess`, and where; a cascade needs its `image` too."""
         settings = settings or self.settings
+        geometry = output_geometry(self.configuration, case.geometry, output_spacing)
         array = case.image
         if self.previous is not None:
             if image is None:
                 raise ValueError("a cascade needs the image, to predict with its previous stage")
-            coarse = self.previous.predict(image, settings=settings)
+            coarse = self.previous.predict(image, native=True, settings=settings)
             array = self.with_previous_labels(array, coarse, case.geometry)
-        return predict_network_grid(self, array, settings=settings)
+        grid = grid_between(case.geometry, geometry) if self.configuration.super_resolves else None
+        return CaseAnswer(predict_network_grid(self, array, grid=grid, settings=settings), geometry)
 
     def with_previous_labels(
         self, array: NDArray[np.float32], coarse: Image, geometry: CaseGeometry
@@ -157,51 +281,100 @@ class Model:
 
 
 def predict_network_grid(
-    model: Model, image: NDArray[np.float32] | Tensor, *, settings: PredictionSettings | None = None
-) -> Tensor:
-    """Logits (K, Z, Y, X), on the CPU, of a preprocessed `image` (C, Z, Y, X) float32.
+    model: Model,
+    image: NDArray[np.float32] | Tensor,
+    *,
+    grid: OutputGrid | None = None,
+    settings: PredictionSettings | None = None,
+) -> NetworkAnswer:
+    """Logits (K, Z, Y, X) of a preprocessed `image` (C, Z, Y, X) float32, and the super-resolved image, on the CPU.
 
-    Of several folds, logits whose probabilities are the mean of theirs. The folds run one after the other. In a
-    cascade the channels of the previous stage must be there (`Model.with_previous_labels`). Raises PredictionError
-    where the number of channels is not the network's.
+    `grid` is what is asked for of a super-resolving model, along the network axes; others answer on the image's grid.
+    Of several folds or frames, logits whose probabilities are the mean of theirs, and the mean of the images. They run
+    one after the other. In a cascade the channels of the previous stage must be there (`Model.with_previous_labels`).
+    Raises PredictionError where the number of channels is not the network's, or there are too few slices.
     """
     settings = settings or model.settings
     configuration = model.configuration
     array = torch.as_tensor(image)
-    expected = configuration.architecture.input_channels
-    if len(array) != expected:
+    architecture = configuration.architecture
+    if len(array) != architecture.input_channels:
         raise PredictionError(
-            f"Configuration {configuration.name} takes {expected} channels, got {len(array)} "
+            f"Configuration {configuration.name} takes {architecture.input_channels} channels, got {len(array)} "
             "(in a cascade: image channels and one for each foreground structure)."
         )
-    return average_logits(_fold_logits(model, array, settings), regions=model.plan.labels.has_regions)
+    _check_slices(configuration, array)
+    images: list[Tensor] = []  # their sum
+
+    def class_logits() -> Iterator[Tensor]:
+        for member in _member_answers(model, array, grid, settings):
+            if architecture.image_channels:
+                part = member[architecture.output_channels :].float()
+                images[:] = [images[0] + part] if images else [part]
+            yield member[: architecture.output_channels]
+
+    if architecture.output_channels:
+        logits = average_logits(class_logits(), regions=model.plan.labels.has_regions)
+    else:
+        logits = None
+        for _ in class_logits():
+            pass
+    members = len(model.networks) * len(configuration.frames(training=False))
+    return NetworkAnswer(logits, images[0] / members if images else None)
 
 
-def _fold_logits(model: Model, image: Tensor, settings: PredictionSettings) -> Iterator[Tensor]:
+def _check_slices(configuration: Configuration, image: Tensor) -> None:
+    """Refuse a volume that is mostly edge for a network that sees neighbouring slices. Raises PredictionError."""
+    halo = configuration.architecture.halo
+    for frame in configuration.frames(training=False):
+        slices = image.shape[frame[0] + 1]
+        if slices < halo + 1:
+            raise PredictionError(
+                f"The image has {slices} {'slice' if slices == 1 else 'slices'} along the axis of the stack, expected "
+                f"at least {halo + 1}: configuration {configuration.name} sees "
+                f"{configuration.architecture.context_slices} slices at once; use a 2d configuration."
+            )
+
+
+def _member_answers(
+    model: Model, image: Tensor, grid: OutputGrid | None, settings: PredictionSettings
+) -> Iterator[Tensor]:
+    """(K + I, Z, Y, X) along the network axes from each fold, in each frame."""
     configuration = model.configuration
-    patch = configuration.patch_size
-    voxels = BATCH_VOXELS.get(model.device.type, BATCH_VOXELS["cpu"])
+    patch, architecture = configuration.patch_size, configuration.architecture
+    at_once = BATCH_VOXELS.get(model.device.type, BATCH_VOXELS["cpu"])
+    voxels = int(np.prod(patch)) * architecture.context_slices
+    if grid is not None:
+        voxels = round(voxels * float(np.prod(grid.scale)))
     for network in model.networks:
-        yield sliding_window_logits(
-            network,
-            image,
-            patch_size=patch,
-            divisor=configuration.architecture.divisor,
-            step_size=settings.step_size,
-            mirror_axes=_mirror_axes(configuration, settings),
-            batch_size=max(1, voxels // int(np.prod(patch))),
-            precision=autocast_dtype(model.device),
-            device=model.device,
-            max_ram_bytes=settings.max_ram_bytes,
-        )
+        for frame in configuration.frames(training=False):
+            answer = sliding_window_logits(
+                network,
+                image.permute(0, *(axis + 1 for axis in frame)),
+                patch_size=patch,
+                divisor=architecture.divisor,
+                halo=architecture.halo,
+                grid=None if grid is None else _in_frame(grid, frame),
+                step_size=settings.step_size,
+                mirror_axes=_mirror_axes(configuration, settings),
+                batch_size=max(1, at_once // voxels),
+                precision=autocast_dtype(model.device),
+                device=model.device,
+                max_ram_bytes=settings.max_ram_bytes,
+            )
+            yield answer.permute(0, *(frame.index(axis) + 1 for axis in range(3)))
+
+
+def _in_frame(grid: OutputGrid, frame: Shape) -> OutputGrid:
+    return OutputGrid(turned(grid.shape, frame), turned(grid.scale, frame), turned(grid.start, frame))
 
 
 def _mirror_axes(configuration: Configuration, settings: PredictionSettings) -> tuple[int, ...]:
     if not settings.mirroring:
         return ()
-    # a 2D network sees one slice: mirroring along z changes nothing
-    flat = configuration.topology == "2d"
-    return tuple(axis for axis in configuration.training.mirror_axes if not (flat and axis == 0))
+    # a network that sees one slice: mirroring along z changes nothing
+    one_slice = configuration.topology != "3d" and not configuration.architecture.halo
+    return tuple(axis for axis in configuration.training.mirror_axes if not (one_slice and axis == 0))
 
 
 def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] = ()) -> Model:

@@ -9,17 +9,16 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from torch import Tensor
 
 from autoseg.dataset import Case
 from autoseg.errors import AutosegError, PredictionError
 from autoseg.files import PARTIAL, storage_error
-from autoseg.image import PICTURE_ENDINGS, Image, image_ending, write_image
+from autoseg.image import PICTURE_ENDINGS, Image, Triple, image_ending, write_image
+from autoseg.inference.answer_grid import require_any_scale
 from autoseg.inference.export import export_labels, export_probabilities
-from autoseg.inference.predictor import Model, PredictionSettings
+from autoseg.inference.predictor import CaseAnswer, Model, PredictionSettings
 from autoseg.inference.sliding_window import MAX_RAM_BYTES
 from autoseg.labels import Labels
 from autoseg.preprocessing.case import CaseGeometry, PreprocessedCase
@@ -28,10 +27,21 @@ log = logging.getLogger(__name__)
 
 CHANNEL_NAME = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")  # nnU-Net's CASE_0000
 PROBABILITIES = "_probabilities"  # folder beside CASE.nii.gz: CASE_probabilities/0_background.nii.gz, ...
+IMAGE = "_image"  # the super-resolved image beside CASE.nii.gz: CASE_image.nii.gz
 DICOM_OUTPUT = ".nii.gz"
 
-_Read = tuple[Image | None, PreprocessedCase]  # the image only where a previous stage needs it
-_Answer = tuple[Tensor, CaseGeometry]
+_Read = tuple[Image | None, PreprocessedCase]  # the image only where it is needed again
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What is written of a case."""
+
+    answer: CaseAnswer
+    input: CaseGeometry
+    """Of what the network read."""
+    raw: Image | None
+    """The image as it was read, where the super-resolved one is to have its units."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,12 @@ class PredictOptions:
     """(k, n): only the k-th of n equal shares of the cases, counted from 1, so that n machines can share the work."""
     max_ram_bytes: int = MAX_RAM_BYTES
     """What one case's logits and probabilities may take in memory before they are kept on disk."""
+    image: bool = False
+    """Write CASE_image beside each label file: the super-resolved image, float32."""
+    native: bool = False
+    """Bring the labels of a super-resolving model to the image's own grid."""
+    output_spacing: Triple | None = None
+    """Of the answer of an any-scale model, in mm along the axes (z, y, x) of the image's array."""
     workers: int = 1
     """0: one case after the other; 1 or more: the next case is read and the last one written meanwhile."""
 
@@ -57,6 +73,11 @@ class PredictOptions:
         k, n = self.part
         if not 1 <= k <= n:
             raise PredictionError(f"The part must be k/n with k from 1 to n, got {k}/{n}.")
+        if self.native and self.output_spacing is not None:
+            raise PredictionError(
+                f"The labels cannot lie on the image's own grid and on one of {self.output_spacing} mm; choose one of "
+                "`--native` and `--output-spacing`."
+            )
         _ = self.prediction
 
     @property
@@ -100,11 +121,15 @@ def predict_files(
 
     `input` is an image file, a folder of them (CASE_0000.ext, CASE_0001.ext for several channels; CASE.ext too where
     the model has one channel) or a folder with one DICOM series. Volumes are written with the model's file ending,
-    DICOM as .nii.gz. `progress(case, cases finished, cases in all)` is called after each case. A case that fails is
-    noted with its sentence and the others go on. Raises PredictionError where `input` holds nothing to predict, and
-    StorageError where `output` cannot be written at all.
+    DICOM as .nii.gz. A model that predicts no labels writes the super-resolved image in their place.
+    `progress(case, cases finished, cases in all)` is called after each case. A case that fails is noted with its
+    sentence and the others go on. Raises PredictionError where `input` holds nothing to predict or the model cannot do
+    what is asked for, and StorageError where `output` cannot be written at all.
     """
     options = options or PredictOptions()
+    _check_abilities(model, options)
+    if not model.predicts_labels:
+        options = replace(options, image=False)  # it is the output itself
     tasks = find_tasks(Path(input), Path(output), model=model)
     k, n = options.part
     tasks = tasks[k - 1 :: n]
@@ -157,6 +182,7 @@ def find_tasks(input: Path, output: Path, *, model: Model) -> list[PredictTask]:
 def is_done(task: PredictTask, labels: Labels, options: PredictOptions) -> bool:
     """Whether everything that would be written for a case is there. The label file is written last."""
     wanted = probability_files(task.output, labels) if options.probabilities else []
+    wanted += [image_file(task.output)] if options.image else []
     return all(path.is_file() for path in (task.output, *wanted))
 
 
@@ -166,6 +192,25 @@ def probability_files(output: Path, labels: Labels) -> list[Path]:
     folder = output.with_name(_stem(output) + PROBABILITIES)
     safe = [re.sub(r"[^\w.-]+", "_", name) for name in names]
     return [folder / f"{number}_{name}.nii.gz" for number, name in enumerate(safe)]
+
+
+def image_file(output: Path) -> Path:
+    """Where the super-resolved image goes that belongs to the label file `output`; pictures hold no floats."""
+    ending = image_ending(output) or DICOM_OUTPUT
+    return output.with_name(_stem(output) + IMAGE + (DICOM_OUTPUT if ending.lower() in PICTURE_ENDINGS else ending))
+
+
+def _check_abilities(model: Model, options: PredictOptions) -> None:
+    """Refuse what the model cannot do before anything is computed. Raises PredictionError."""
+    if options.image or not model.predicts_labels:
+        model.require_image_head()
+    if options.output_spacing is not None:
+        require_any_scale(model.configuration)
+    if not model.predicts_labels and (options.probabilities or options.native):
+        raise PredictionError(
+            f"Configuration {model.configuration.name} was trained without labels: it writes the super-resolved image "
+            "alone, so there is nothing for `--probabilities` and `--native`."
+        )
 
 
 # ---- which cases
@@ -247,12 +292,13 @@ def _predict_all(
         return
     # three cases are alive at most: one is read, one predicted, one written
     with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
-        reading = [reader.submit(_read, model, task) for task in tasks[:1]]
+        reading = [reader.submit(_read, model, task, options) for task in tasks[:1]]
         writing: tuple[PredictTask, Future[None]] | None = None
         for number, task in enumerate(tasks):
             read = reading.pop()
             concurrent.futures.wait([read])
-            reading += [reader.submit(_read, model, following) for following in tasks[number + 1 : number + 2]]
+            following = tasks[number + 1 : number + 2]
+            reading += [reader.submit(_read, model, after, options) for after in following]
             answer: Future[_Answer] = Future()
             problem = _problem(task, functools.partial(_answer_into, answer, model, read, options))
             del read
@@ -269,35 +315,48 @@ def _predict_all(
 
 
 def _predict_one(model: Model, task: PredictTask, options: PredictOptions) -> None:
-    _write(model, task, _answer(model, _read(model, task), options), options)
+    _write(model, task, _answer(model, _read(model, task, options), options), options)
 
 
 def _answer_into(answer: Future[_Answer], model: Model, read: Future[_Read], options: PredictOptions) -> None:
     answer.set_result(_answer(model, read.result(), options))
 
 
-def _read(model: Model, task: PredictTask) -> _Read:
+def _read(model: Model, task: PredictTask, options: PredictOptions) -> _Read:
     if task.problem is not None:
         raise PredictionError(task.problem)
     image = model.check(model.read_case(task.case))
     case = model.preprocess(image)
-    return (image if model.previous is not None else None), case
+    needed = model.previous is not None or _writes_image(model, options)
+    return (image if needed else None), case
 
 
 def _answer(model: Model, read: _Read, options: PredictOptions) -> _Answer:
     image, case = read
-    return model.logits(case, image=image, settings=options.prediction), case.geometry
+    answer = model.answer(case, image=image, output_spacing=options.output_spacing, settings=options.prediction)
+    return _Answer(answer, case.geometry, image if _writes_image(model, options) else None)
+
+
+def _writes_image(model: Model, options: PredictOptions) -> bool:
+    return options.image or not model.predicts_labels
 
 
 def _write(model: Model, task: PredictTask, answer: _Answer, options: PredictOptions) -> None:
     """Write a case's files; the label file last, so that where it is, all are."""
-    logits, geometry = answer
     labels, limit = model.plan.labels, options.max_ram_bytes
+    if answer.raw is not None:
+        path = image_file(task.output) if model.predicts_labels else task.output
+        write_image(model.export_super_resolved(answer.answer, answer.raw, max_ram_bytes=limit), path)
+    if not model.predicts_labels:
+        return
+    given = answer.answer
+    if options.native:
+        given = model.brought_back(given, answer.input, settings=options.prediction)
     if options.probabilities:
-        probabilities = export_probabilities(logits, geometry, labels, max_ram_bytes=limit)
+        probabilities = export_probabilities(given.logits, given.geometry, labels, max_ram_bytes=limit)
         for channel, path in zip(probabilities.array, probability_files(task.output, labels), strict=True):
             write_image(Image(channel[None], probabilities.grid), path)
-    write_image(export_labels(logits, geometry, labels), task.output)
+    write_image(export_labels(given.logits, given.geometry, labels), task.output)
 
 
 def _problem(task: PredictTask, work: Callable[[], None]) -> str | None:

@@ -4,12 +4,17 @@ Sliding window with Gaussian importance weights and mirrored copies, as in nnU-N
 a regular lattice, so the sum of their weights is a product of one value for each axis: every tile is scaled to its
 share before it is added, and planes that no later tile touches are finished. Sums are
 float32 and one tile deep; the result is float16 when it is large.
+
+Tiles are counted in voxels of the input. What they answer for is counted in voxels of the output: those that lie in
+the tile, which are the same ones unless the network super-resolves. A network that sees neighbouring slices reads a
+halo of them before and after its tile.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +26,10 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from autoseg.networks.upsampling import OutputGrid
+
 Shape = tuple[int, int, int]
-Network = Callable[[Tensor], Tensor | Sequence[Tensor]]
+Network = Callable[..., Tensor | Sequence[Tensor]]
 
 GAUSSIAN_SIGMA = 1 / 8  # of the tile's size; nnU-Net's value
 STRETCH = 1.25
@@ -30,20 +37,46 @@ STRETCH = 1.25
 network does not mind: on Hippocampus cases larger than the patch the mean Dice was 0.894 so and 0.893 with two tiles;
 padded to the divisor instead of the patch, the others had 0.877 and 0.875 (within noise)."""
 MAX_RAM_BYTES = 4 * 2**30  # what logits may take before they are kept on disk
+EXTRAPOLATED = 1e-9
+"""Factor on the weight of output voxels between the centre of a tile's last voxel and its face: the tile does not see
+the voxel on the other side, so they count only where no other tile has both."""
+TINY = 1e-6  # voxels: positions this close count as equal
+DECIMALS = 9  # positions of grids are rounded to, so that tiles that see the same grid are found to
 
 
 @dataclass(frozen=True)
 class TileAxis:
-    """Where the tiles lie along one axis, and what each adds to every voxel there."""
+    """Where the tiles lie along one axis, and what each adds to every output voxel there."""
 
     size: int
-    """Voxels of a tile."""
+    """Input voxels of a tile."""
     starts: tuple[int, ...]
     """First voxel of each tile on the padded axis."""
-    weights: tuple[Tensor, ...]
-    """For each tile its share (size,) of the voxels it covers; the shares of all tiles sum to one everywhere."""
     padding: tuple[int, int]
     """Voxels added before and after the image."""
+    outputs: tuple[slice, ...]
+    """Output voxels that each tile answers for."""
+    weights: tuple[Tensor, ...]
+    """For each tile its share of those voxels; the shares of all tiles sum to one everywhere."""
+    scale: float
+    """Input spacing / output spacing."""
+    start: float
+    """In output voxels, from the outer face of the image to that of the first output voxel."""
+
+    @property
+    def padded(self) -> int:
+        """Input voxels of the axis with its padding."""
+        return self.starts[-1] + self.size
+
+    def grid(self, tile: int) -> tuple[int, float, float]:
+        """Shape, scale and start, from the tile's first voxel, of the output voxels that a tile answers for."""
+        side, first = self.outputs[tile], self.starts[tile] - self.padding[0]
+        return side.stop - side.start, self.scale, round(self.start + side.start - first * self.scale, DECIMALS)
+
+    def seen(self, tile: int) -> slice:
+        """The output voxels that a tile answers for as voxels of the tile (where the scale is 1)."""
+        side, first = self.outputs[tile], self.starts[tile] - self.padding[0]
+        return slice(side.start - first, side.stop - first)
 
 
 def sliding_window_logits(
@@ -52,6 +85,8 @@ def sliding_window_logits(
     *,
     patch_size: Shape,
     divisor: Shape = (1, 1, 1),
+    halo: int = 0,
+    grid: OutputGrid | None = None,
     step_size: float | Sequence[float] = 0.5,
     mirror_axes: Sequence[int] = (),
     batch_size: int = 1,
@@ -68,42 +103,89 @@ def sliding_window_logits(
     many tiles or copies enter the network at once, `precision` the autocast dtype or None. Where the image is not
     much longer than the patch (`stretch`), one tile takes it all, padded to the divisor (to the patch where it is no
     larger than the divisor). Constant tiles are computed once for each value.
+
+    The network is given `halo` more slices at both ends of the first axis; outside of the image the outermost slice is
+    repeated. With `grid`, the output voxels that are asked for of the whole image, it is called as
+    `network(tiles, grid)`, answers (B, K, *grid.shape), and the result is (K, *grid.shape); what is outside of the
+    image is then its outermost voxel repeated, so that nothing is interpolated towards zero.
     """
     device = device or image.device
     steps = (step_size,) * 3 if isinstance(step_size, int | float) else tuple(step_size)
+    asked = [(n, 1.0, 0.0) for n in image.shape[1:]] if grid is None else grid.axes()
     axes = [
-        tile_axis(n, patch=p, divisor=d, step=s, stretch=stretch)
-        for n, p, d, s in zip(image.shape[1:], patch_size, divisor, steps, strict=True)
+        tile_axis(n, patch=p, divisor=d, step=s, stretch=stretch, asked=o)
+        for n, p, d, s, o in zip(image.shape[1:], patch_size, divisor, steps, asked, strict=True)
     ]
     if all(axis.size == d for axis, d in zip(axes, divisor, strict=True)):
         # at the bottom of the network one voxel would be left, which cannot be normalised: as large as in training
-        axes = [tile_axis(n, patch=p, divisor=p) for n, p in zip(image.shape[1:], patch_size, strict=True)]
-    image = _pad(image, axes)
+        axes = [
+            tile_axis(n, patch=p, divisor=p, asked=o)
+            for n, p, o in zip(image.shape[1:], patch_size, asked, strict=True)
+        ]
+    image = _pad(image, axes, halo=halo, repeat=grid is not None)
     flips = mirror_flips(mirror_axes)
     evaluate = functools.partial(
-        _tile_logits, network, flips=flips, batch_size=batch_size, precision=precision, device=device
+        _tile_logits,
+        network,
+        size=tuple(axis.size for axis in axes),
+        flips=flips,
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
     )
     with torch.inference_mode():
         return _accumulate(
-            evaluate, image, axes, tiles_at_once=max(1, batch_size // len(flips)), max_ram_bytes=max_ram_bytes
+            evaluate,
+            image,
+            axes,
+            halo=halo,
+            super_resolves=grid is not None,
+            tiles_at_once=max(1, batch_size // len(flips)),
+            max_ram_bytes=max_ram_bytes,
         )
 
 
-def tile_axis(length: int, *, patch: int, divisor: int = 1, step: float = 0.5, stretch: float = STRETCH) -> TileAxis:
-    """The tiles along an axis of `length` voxels; `step` is the largest distance of their starts, in tiles."""
+def tile_axis(
+    length: int,
+    *,
+    patch: int,
+    divisor: int = 1,
+    step: float = 0.5,
+    stretch: float = STRETCH,
+    asked: tuple[int, float, float] | None = None,
+) -> TileAxis:
+    """The tiles along an axis of `length` voxels; `step` is the largest distance of their starts, in tiles.
+
+    `asked` is shape, scale and start of the output voxels along the axis (default: the input's own). Each tile answers
+    for those that lie between its outer faces, the first and the last one also for those beyond.
+    """
+    voxels, scale, start = (length, 1.0, 0.0) if asked is None else asked
     whole = -(-length // divisor) * divisor
     size = whole if whole <= patch * stretch else patch
     padded = max(size, length)
     before = (padded - length) // 2
     stride = max(1.0, size * step)
     count = int(np.ceil((padded - size) / stride)) + 1
-    starts = tuple(int(round(start)) for start in np.linspace(0, padded - size, count))
-    weights = _gaussian(size)
-    total = torch.zeros(padded, dtype=torch.float64)
-    for start in starts:
-        total[start : start + size] += weights
-    shares = tuple((weights / total[start : start + size]).float() for start in starts)
-    return TileAxis(size, starts, shares, (before, padded - length - before))
+    starts = tuple(int(round(first)) for first in np.linspace(0, padded - size, count))
+    places = (start + torch.arange(voxels, dtype=torch.float64) + 0.5) / scale  # from the image's outer face
+    outputs, weights = [], []
+    total = torch.zeros(voxels, dtype=torch.float64)
+    for number, first in enumerate(starts):
+        low, high = float(first - before), float(first - before + size)
+        is_first, is_last = number == 0, number == count - 1
+        begin = 0 if is_first else min(max(math.ceil(low * scale - start - 0.5 - TINY), 0), voxels)
+        end = voxels if is_last else min(math.floor(high * scale - start - 0.5 + TINY) + 1, voxels)
+        outputs.append(slice(begin, max(begin, end)))
+        place = places[outputs[-1]]
+        weight = _gaussian(place.clamp(low, high) - (low + high) / 2, size)
+        if not is_first:
+            weight[place < low + 0.5 - TINY] *= EXTRAPOLATED
+        if not is_last:
+            weight[place > high - 0.5 + TINY] *= EXTRAPOLATED
+        weights.append(weight)
+        total[outputs[-1]] += weight
+    shares = tuple((weight / total[side]).float() for side, weight in zip(outputs, weights, strict=True))
+    return TileAxis(size, starts, (before, padded - length - before), tuple(outputs), shares, scale, start)
 
 
 def mirror_flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -116,45 +198,84 @@ def mirror_flips(axes: Sequence[int]) -> list[tuple[int, ...]]:
     return [flip for n in range(len(dimensions) + 1) for flip in itertools.combinations(dimensions, n)]
 
 
-def _gaussian(size: int) -> Tensor:
-    centre, sigma = (size - 1) / 2, size * GAUSSIAN_SIGMA
-    return torch.exp(-0.5 * ((torch.arange(size, dtype=torch.float64) - centre) / sigma) ** 2)
+def _gaussian(from_centre: Tensor, size: int) -> Tensor:
+    return torch.exp(-0.5 * (from_centre / (size * GAUSSIAN_SIGMA)) ** 2)
 
 
-def _pad(image: Tensor, axes: Sequence[TileAxis]) -> Tensor:
-    widths = [width for axis in reversed(axes) for width in axis.padding]
+def _pad(image: Tensor, axes: Sequence[TileAxis], *, halo: int, repeat: bool) -> Tensor:
+    """The image with what its tiles need around it: zeros, or with `repeat`, and in the halo, its outermost voxels."""
+    z, y, x = ((before, after) for before, after in (axis.padding for axis in axes))
+    if repeat or halo:
+        image = _repeat_edges(image, ((z[0] + halo, z[1] + halo), *((y, x) if repeat else ())))
+        z = (0, 0)
+        y, x = ((0, 0), (0, 0)) if repeat else (y, x)
+    widths = [*x, *y, *z]
     return functional.pad(image, widths) if any(widths) else image
 
 
+def _repeat_edges(image: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
+    """The image (C, Z, Y, X) with its outermost voxels repeated before and after each of the first axes."""
+    for axis, (before, after) in enumerate(widths):
+        if before or after:
+            size = image.shape[axis + 1]
+            image = image.index_select(
+                axis + 1, torch.arange(-before, size + after).clamp(0, size - 1).to(image.device)
+            )
+    return image
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What the network is given at once."""
+
+    image: Tensor
+    """(C, z, y, x), with halo."""
+    grid: OutputGrid | None
+    """What is asked for; None: the tile's own voxels."""
+
+
 def _accumulate(
-    evaluate: Callable[[list[Tensor]], list[Tensor]],
+    evaluate: Callable[[list[_Tile]], list[Tensor]],
     image: Tensor,
     axes: Sequence[TileAxis],
     *,
+    halo: int,
+    super_resolves: bool,
     tiles_at_once: int,
     max_ram_bytes: int,
 ) -> Tensor:
     """All tiles' logits, weighted and summed; planes are moved to the result as soon as they are finished."""
     z, y, x = axes
-    inside = tuple(slice(axis.padding[0], n - axis.padding[1]) for axis, n in zip(axes, image.shape[1:], strict=True))
-    places = list(itertools.product(*(range(len(axis.starts)) for axis in axes)))  # z slowest
-    boxes = [tuple(slice(a.starts[i], a.starts[i] + a.size) for a, i in zip(axes, p, strict=True)) for p in places]
+    places = [
+        place
+        for place in itertools.product(*(range(len(axis.starts)) for axis in axes))  # z slowest
+        if all(axis.outputs[i].start < axis.outputs[i].stop for axis, i in zip(axes, place, strict=True))
+    ]
     every = (slice(None),)  # channels or classes
-    constant: dict[tuple[float, ...], Tensor] = {}
+    constant: dict[tuple[Any, ...], Tensor] = {}
     sums: _FinishedPlanes | None = None
     for at in range(0, len(places), tiles_at_once):
-        group = range(at, min(at + tiles_at_once, len(places)))
-        answers = _cached(evaluate, [image[every + boxes[n]] for n in group], constant)
-        for n, logits in zip(group, answers, strict=True):
+        group = places[at : at + tiles_at_once]
+        tiles = [_tile(image, axes, place, halo=halo, super_resolves=super_resolves) for place in group]
+        for (i, j, k), answer in zip(group, _cached(evaluate, tiles, constant), strict=True):
+            logits = answer if super_resolves else answer[every + (z.seen(i), y.seen(j), x.seen(k))]
             if len(places) == 1:
-                return logits[every + inside].cpu().contiguous()
-            i, j, k = places[n]
+                return logits.cpu().contiguous()
             if sums is None:
-                sums = _FinishedPlanes(logits, image.shape[2:], inside=inside, max_ram_bytes=max_ram_bytes)
+                sums = _FinishedPlanes(len(logits), axes, like=logits, max_ram_bytes=max_ram_bytes)
             weight = z.weights[i][:, None, None] * (y.weights[j][:, None] * x.weights[k])
-            sums.add(logits, weight, box=boxes[n])
+            sums.add(logits, weight, box=(z.outputs[i], y.outputs[j], x.outputs[k]))
     assert sums is not None
     return sums.finish()
+
+
+def _tile(image: Tensor, axes: Sequence[TileAxis], place: tuple[int, ...], *, halo: int, super_resolves: bool) -> _Tile:
+    z, y, x = (slice(axis.starts[i], axis.starts[i] + axis.size) for axis, i in zip(axes, place, strict=True))
+    part = image[:, z.start : z.stop + 2 * halo, y, x]
+    if not super_resolves:
+        return _Tile(part, None)
+    shape, scale, start = zip(*(axis.grid(i) for axis, i in zip(axes, place, strict=True)), strict=True)
+    return _Tile(part, OutputGrid(shape, scale, start))
 
 
 class _FinishedPlanes:
@@ -163,13 +284,15 @@ class _FinishedPlanes:
     Where even that is too large (many classes, wide planes), tiles are added to the result itself, in its precision.
     """
 
-    def __init__(self, first: Tensor, plane: Sequence[int], *, inside: tuple[slice, ...], max_ram_bytes: int) -> None:
-        self.inside = inside
-        self.start = 0  # plane of the padded image that the sums begin at
-        shape = (*first.shape[:2], *plane)
-        self.direct = int(np.prod(shape, dtype=np.int64)) * 4 > max_ram_bytes // 4
-        self.sums = first.new_zeros((0,) if self.direct else shape)
-        self.result = empty_logits((len(first), *(s.stop - s.start for s in inside)), max_ram_bytes=max_ram_bytes)
+    def __init__(self, channels: int, axes: Sequence[TileAxis], *, like: Tensor, max_ram_bytes: int) -> None:
+        self.start = 0  # output plane that the sums begin at
+        z, *plane = (max(side.stop for side in axis.outputs) for axis in axes)
+        depth = max(side.stop - side.start for side in axes[0].outputs)
+        shape = (channels, depth, *plane)
+        padded = [axes[0].size * axes[0].scale, *(axis.padded * axis.scale for axis in axes[1:])]
+        self.direct = channels * float(np.prod(padded)) * 4 > max_ram_bytes // 4
+        self.sums = like.new_zeros((0,) if self.direct else shape)
+        self.result = empty_logits((channels, z, *plane), max_ram_bytes=max_ram_bytes)
         if self.direct:
             self.result.zero_()
 
@@ -177,24 +300,18 @@ class _FinishedPlanes:
         """Add a tile (K, z, y, x) times its shares (z, y, x); tiles come in the order of their first plane."""
         z, y, x = box
         if self.direct:
-            return self._add_to_result(logits * weight.to(logits.device), box)
+            weighted = logits * weight.to(logits.device)
+            self.result[:, z, y, x] += weighted.to(self.result.device, self.result.dtype)
+            return
         if z.start > self.start:
             self._advance(z.start)
-        self.sums[:, :, y, x].addcmul_(logits, weight.to(logits.device))
+        self.sums[:, : z.stop - z.start, y, x].addcmul_(logits, weight.to(logits.device))
 
     def finish(self) -> Tensor:
         """The whole result (K, Z, Y, X)."""
         if not self.direct:
             self._flush(self.sums)
         return self.result
-
-    def _add_to_result(self, weighted: Tensor, box: tuple[slice, ...]) -> None:
-        source, target = [slice(None)], [slice(None)]
-        for side, kept in zip(box, self.inside, strict=True):
-            begin, end = max(side.start, kept.start), min(side.stop, kept.stop)
-            source.append(slice(begin - side.start, end - side.start))
-            target.append(slice(begin - kept.start, end - kept.start))
-        self.result[tuple(target)] += weighted[tuple(source)].to(self.result.device, self.result.dtype)
 
     def _advance(self, start: int) -> None:
         finished, depth = start - self.start, self.sums.shape[1]
@@ -206,22 +323,20 @@ class _FinishedPlanes:
         self.start = start
 
     def _flush(self, planes: Tensor) -> None:
-        z, y, x = self.inside
-        first = self.start - z.start
-        begin, end = max(0, first), min(self.result.shape[1], first + planes.shape[1])
-        if begin < end:
-            self.result[:, begin:end] = planes[:, begin - first : end - first, y, x]
+        end = min(self.result.shape[1], self.start + planes.shape[1])
+        self.result[:, self.start : end] = planes[:, : end - self.start]
 
 
 def _cached(
-    evaluate: Callable[[list[Tensor]], list[Tensor]], tiles: list[Tensor], constant: dict[tuple[float, ...], Tensor]
+    evaluate: Callable[[list[_Tile]], list[Tensor]], tiles: list[_Tile], constant: dict[tuple[Any, ...], Tensor]
 ) -> list[Tensor]:
-    """The logits of each tile; a tile in which every channel is constant is computed once for each value."""
-    keys: list[tuple[float, ...] | None] = []
+    """The logits of each tile; one in which every channel is constant is computed once for each value and grid."""
+    keys: list[tuple[Any, ...] | None] = []
     for tile in tiles:
-        flat = tile.flatten(1)
-        lowest = tile[:, 0, 0, 0]
-        keys.append(tuple(lowest.tolist()) if bool((flat == lowest[:, None]).all()) else None)
+        flat = tile.image.flatten(1)
+        lowest = tile.image[:, 0, 0, 0]
+        same = bool((flat == lowest[:, None]).all())
+        keys.append((*lowest.tolist(), tile.grid) if same else None)
     waiting = [i for i, key in enumerate(keys) if key is None or (key not in constant and keys.index(key) == i)]
     computed = dict(zip(waiting, evaluate([tiles[i] for i in waiting]), strict=True)) if waiting else {}
     for i in waiting:
@@ -233,30 +348,60 @@ def _cached(
     return [computed[i] if i in computed else constant[keys[i] or ()] for i in range(len(tiles))]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One copy of a tile."""
+
+    tile: int
+    flip: tuple[int, ...]
+    """Mirrored dimensions of a (B, C, z, y, x) tensor."""
+    grid: OutputGrid | None
+    """What is asked for, mirrored alike."""
+
+
 def _tile_logits(
     network: Network,
-    tiles: list[Tensor],
+    tiles: list[_Tile],
     *,
+    size: tuple[int, ...],
     flips: list[tuple[int, ...]],
     batch_size: int,
     precision: torch.dtype | None,
     device: torch.device,
 ) -> list[Tensor]:
-    """The mean of each tile's logits (K, z, y, x) float32 over its mirrored copies, `batch_size` inputs at a time."""
+    """The mean of each tile's logits (K, z, y, x) float32 over its mirrored copies, `batch_size` inputs at a time.
+
+    `size` (z, y, x) is that of a tile without its halo. What enters the network at once is asked for one grid.
+    """
     sums: list[Tensor | None] = [None] * len(tiles)
-    jobs = [(i, flip) for i in range(len(tiles)) for flip in flips]
-    on_device = [tile[None].to(device) for tile in tiles]
+    jobs = [
+        _Job(i, flip, None if tile.grid is None else mirrored_grid(tile.grid, size, [d - 2 for d in flip]))
+        for i, tile in enumerate(tiles)
+        for flip in flips
+    ]
+    on_device = [tile.image[None].to(device) for tile in tiles]
     for at in range(0, len(jobs), batch_size):
-        batch = jobs[at : at + batch_size]
-        inputs = torch.cat([on_device[i].flip(flip) if flip else on_device[i] for i, flip in batch])
-        with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-            answer = network(inputs)
-        logits = answer if isinstance(answer, Tensor) else answer[0]
-        for (i, flip), one in zip(batch, logits[:, None], strict=True):
-            turned = (one.flip(flip) if flip else one)[0].float()
-            total = sums[i]
-            sums[i] = turned.clone() if total is None else total.add_(turned)  # a view would keep the whole batch
+        for grid, together in itertools.groupby(jobs[at : at + batch_size], key=lambda job: job.grid):
+            batch = list(together)
+            inputs = torch.cat([on_device[j.tile].flip(j.flip) if j.flip else on_device[j.tile] for j in batch])
+            with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+                answer = network(inputs) if grid is None else network(inputs, grid)
+            logits = answer if isinstance(answer, Tensor) else answer[0]
+            for job, one in zip(batch, logits[:, None], strict=True):
+                turned = (one.flip(job.flip) if job.flip else one)[0].float()
+                total = sums[job.tile]
+                # a view would keep the whole batch
+                sums[job.tile] = turned.clone() if total is None else total.add_(turned)
     return [total / len(flips) for total in sums if total is not None]
+
+
+def mirrored_grid(grid: OutputGrid, size: Sequence[int], axes: Sequence[int]) -> OutputGrid:
+    """The same output voxels, in reverse order, of an input of `size` (z, y, x) that is mirrored along `axes`."""
+    start = [
+        round(n * scale - first - voxels, DECIMALS) if axis in axes else first
+        for axis, ((voxels, scale, first), n) in enumerate(zip(grid.axes(), size, strict=True))
+    ]
+    return OutputGrid(grid.shape, grid.scale, (start[0], start[1], start[2]))
 
 
 def empty_logits(shape: tuple[int, ...], *, max_ram_bytes: int) -> Tensor:

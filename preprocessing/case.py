@@ -2,11 +2,16 @@
 
 There: nearest canonical orientation and the plan's axis order, crop to what is not zero, normalise, resample.
 Back: resample the label linearly, put it into the box it was cropped from, turn it to the original orientation.
+
+A label may lie on a finer grid than its image: it has a `CaseGeometry` of its own, of the same crop and orientation.
+So has the answer of a super-resolving network (`fine_geometry`): the way back from it ends on a refined grid.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +24,10 @@ from autoseg.geometry import (
     box_shape,
     canonical_axes,
     crop_grid,
+    extent_distance,
     nonzero_box,
+    permute_grid,
+    refine_grid,
     reorder_axes,
     resample_grid,
     shape_at_spacing,
@@ -30,11 +38,14 @@ from autoseg.geometry import (
 )
 from autoseg.image import Grid, Image
 from autoseg.labels import Labels
-from autoseg.plan import PreprocessingSettings, from_json, to_json
-from autoseg.preprocessing.normalize import normalize
+from autoseg.plan import PreprocessingSettings, Vector, from_json, to_json
+from autoseg.preprocessing.normalize import intensity_units, normalize
 from autoseg.preprocessing.resample import resample_image, resample_label
 
 Shape = tuple[int, int, int]
+
+EXTENTS_AGREE_VOXELS = 0.5  # of the label: how far the outer corners of image and label may lie apart
+WHOLE = 1e-6  # voxels: what is this close to a whole number was meant to be one
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,9 @@ class PreprocessedCase:
     label: NDArray[np.int16] | None
     """(1, Z, Y, X) int16, the values of dataset.json; None where the case has no label."""
     geometry: CaseGeometry
+    """Of the image."""
+    label_geometry: CaseGeometry | None = None
+    """Of the label: the image's, or that of its own grid; None where the case has no label."""
 
 
 def preprocess_case(
@@ -105,23 +119,25 @@ def preprocess_case(
     *,
     geometry: CaseGeometry | None = None,
 ) -> PreprocessedCase:
-    """A raw case on the network's grid. `label` lies on the image's grid; `labels` names its values, if known.
+    """A raw case on the network's grid; `labels` names the label's values, if known.
 
-    `geometry` is `find_geometry(image, settings)` where that is at hand.
+    `label` lies on the image's grid or on a finer one over the same extent; it is brought to `label_scale` times the
+    image's voxels. `geometry` is `find_geometry(image, settings, label)` where that is at hand.
 
     Intensities are normalised before they are resampled, so that interpolation invents none that count. Raises
-    DatasetError where the label's shape or the number of channels does not fit.
+    DatasetError where the label's extent or the number of channels does not fit.
     """
     if image.channels != len(settings.normalization):
         raise DatasetError(
             f"The image has {image.channels} channels, the plan expects {len(settings.normalization)}; "
             "give one file for each channel of the dataset."
         )
-    if label is not None and label.shape != image.shape:
+    if label is not None and label.shape != image.shape and _covers_another_extent(label, image):
         raise DatasetError(
-            f"The label's shape {label.shape} differs from the image's {image.shape}; they must be equal."
+            f"The label's shape {label.shape} differs from the image's {image.shape}, and they do not cover the same "
+            "extent; they must be equal."
         )
-    geometry = geometry or find_geometry(image, settings)
+    geometry = geometry or find_geometry(image, settings, label)
     cropped = _cut(image.array, geometry)
     nonzero = functools.lru_cache(maxsize=1)(lambda: _nonzero_mask(cropped))
     normalized = np.empty(cropped.shape, dtype=np.float32)
@@ -131,21 +147,76 @@ def preprocess_case(
     if label is None:
         return PreprocessedCase(resampled, None, geometry)
     values = labels.known_values if labels else None
-    return PreprocessedCase(resampled, bring_label(label, geometry, values=values), geometry)
+    where = find_label_geometry(label, geometry, settings.label_scale)
+    return PreprocessedCase(resampled, bring_label(label, where, values=values), geometry, where)
 
 
-def find_geometry(image: Image, settings: PreprocessingSettings) -> CaseGeometry:
-    """What `settings` do to the grid of `image`; the voxels are looked at only to find the border to cut away."""
+def find_geometry(image: Image, settings: PreprocessingSettings, label: Image | None = None) -> CaseGeometry:
+    """What `settings` do to the grid of `image`; the voxels are looked at only to find the border to cut away.
+
+    With a `label` on a finer grid of its own, the border is cut where faces of voxels of both grids meet.
+    """
     permutation, flips = canonical_axes(image.grid.direction)
     permutation, flips = reorder_axes(permutation, flips, settings.axis_order)
     turned = turn_array(image.array, permutation, flips)
     box = nonzero_box(turned) if settings.crop_to_nonzero else whole_box(turned.shape[1:])
+    if label is not None:
+        box = _on_common_faces(box, turned.shape[1:], permute_grid(label.grid, permutation).shape)
     z, y, x = ((side.start, side.stop) for side in box)
     geometry = CaseGeometry(image.grid, permutation, flips, (z, y, x), box_shape(box))
     cropped = geometry.cropped
     spacing_z = cropped.spacing[0] if settings.spacing[0] is None else settings.spacing[0]
     shape = shape_at_spacing(cropped, (spacing_z, *settings.spacing[1:]))
     return replace(geometry, network_shape=shape)
+
+
+def find_label_geometry(label: Image, geometry: CaseGeometry, scale: Vector = (1.0, 1.0, 1.0)) -> CaseGeometry:
+    """How `label` comes to the network: the image's `geometry` on the label's own grid, `scale` times as fine.
+
+    The box that is kept is the image's; the network's shape is that of the image times `scale`, rounded.
+    """
+    shape = _times(geometry.network_shape, scale)
+    if label.shape == geometry.original.shape:
+        return replace(geometry, network_shape=shape)
+    own = permute_grid(label.grid, geometry.permutation).shape
+    crop = [
+        (round(start * n / m), round(stop * n / m))
+        for (start, stop), n, m in zip(geometry.crop, own, geometry.turned.shape, strict=True)
+    ]
+    return replace(geometry, original=label.grid, crop=(crop[0], crop[1], crop[2]), network_shape=shape)
+
+
+def fine_geometry(geometry: CaseGeometry, scale: Vector) -> CaseGeometry:
+    """The grid that a super-resolving network answers on, and the way from there to a refined original grid.
+
+    `scale` (network axes z, y, x) is how many times finer, from 1; any float. The original grid has exactly 1 / scale
+    of its spacing, and its first voxel's outer face stays where it was. Where the scale is whole, the box and the
+    network's grid are split voxel by voxel; elsewhere the box is the nearest that the refined grid has, and the
+    network's grid has as many voxels as fit into it at a spacing no finer than its input's, divided by `scale`. With
+    a scale of 1 everything stays as it is.
+    """
+    factor = [scale[geometry.permutation.index(axis)] for axis in range(3)]
+    original = refine_grid(geometry.original, factor)
+    turned = permute_grid(original, geometry.permutation).shape
+    crop, shape = [], []
+    for axis, (start, stop) in enumerate(geometry.crop):
+        whole = turned[axis]
+        # an axis that is reversed begins with the original's last face, which the refined grid may have moved
+        moved = whole - geometry.turned.shape[axis] * scale[axis] if geometry.flips[axis] else 0.0
+        first = min(max(round(start * scale[axis] + moved), 0), whole - 1)
+        last = min(max(round(stop * scale[axis] + moved), first + 1), whole)
+        crop.append((first, last))
+        shape.append(max(1, math.floor((last - first) * geometry.network_shape[axis] / (stop - start) + WHOLE)))
+    network_shape = (shape[0], shape[1], shape[2])
+    return replace(geometry, original=original, crop=(crop[0], crop[1], crop[2]), network_shape=network_shape)
+
+
+def find_units(
+    image: Image, geometry: CaseGeometry, settings: PreprocessingSettings
+) -> tuple[tuple[float, float] | None, ...]:
+    """For each channel (offset, factor) with which raw = offset + factor * normalised; None: it cannot be undone."""
+    cropped = _cut(image.array, geometry)
+    return tuple(intensity_units(channel, how) for channel, how in zip(cropped, settings.normalization, strict=True))
 
 
 def bring_label(label: Image, geometry: CaseGeometry, *, values: tuple[int, ...] | None = None) -> NDArray[np.int16]:
@@ -174,6 +245,24 @@ def _cut(array: NDArray[Any], geometry: CaseGeometry) -> NDArray[Any]:
     """A view of `array` (C, Z, Y, X) on the original grid: turned and cropped."""
     inside = (slice(None), *geometry.box)
     return turn_array(array, geometry.permutation, geometry.flips)[inside]
+
+
+def _covers_another_extent(label: Image, image: Image) -> bool:
+    return extent_distance(image.grid, label.grid) > EXTENTS_AGREE_VOXELS
+
+
+def _on_common_faces(box: Box, shape: Sequence[int], finer: Sequence[int]) -> Box:
+    """The smallest box around `box` whose faces are faces of voxels of both grids, `shape` and `finer` voxels wide."""
+    sides = []
+    for side, size, other in zip(box, shape, finer, strict=True):
+        step = size // math.gcd(size, other)
+        sides.append(slice(side.start // step * step, min(-(-side.stop // step) * step, size)))
+    return (sides[0], sides[1], sides[2])
+
+
+def _times(shape: Shape, scale: Vector) -> Shape:
+    z, y, x = (max(1, round(size * s)) for size, s in zip(shape, scale, strict=True))
+    return (z, y, x)
 
 
 def _nonzero_mask(array: NDArray[Any]) -> NDArray[np.bool_]:

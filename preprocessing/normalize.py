@@ -39,6 +39,35 @@ def normalize(
     return NORMALIZERS[scheme](result, normalization, nonzero)
 
 
+def intensity_units(volume: NDArray[Any], normalization: Normalization) -> tuple[float, float] | None:
+    """(offset, factor) that undo `normalize` of the channel `volume` (Z, Y, X): raw = offset + factor * normalised.
+
+    What is clipped or rounded away stays so. None where there is no such pair: a bias field was divided out, or what
+    lies outside of a mask was set to zero.
+    """
+    undo = UNITS.get(normalization.scheme)
+    return None if undo is None else undo(volume, normalization)
+
+
+def _zscore_units(volume: NDArray[Any], n: Normalization) -> tuple[float, float]:
+    mean, std = _moments(np.asarray(volume, dtype=np.float32))
+    return mean, _divisor(std)
+
+
+def _rescale_units(volume: NDArray[Any], n: Normalization) -> tuple[float, float]:
+    lowest = float(volume.min())
+    return lowest, _divisor(float(volume.max()) - lowest)
+
+
+UNITS: dict[str, Callable[[NDArray[Any], Normalization], tuple[float, float]]] = {
+    "ct": lambda volume, n: (n.mean, _divisor(n.std)),
+    "zscore": _zscore_units,
+    "none": lambda volume, n: (0.0, 1.0),
+    "rescale": _rescale_units,
+    "rgb": lambda volume, n: (0.0, RGB_MAXIMUM),
+}
+
+
 def _ct(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
     """Clip to the percentiles of the dataset's foreground, then z-score: a CT value means the same in every scan."""
     np.clip(volume, n.lower, n.upper, out=volume)
@@ -98,8 +127,12 @@ def _moments(values: NDArray[np.float32]) -> tuple[float, float]:
 
 
 def _divide(volume: Volume, by: float) -> Volume:
-    volume /= max(by, SMALLEST_SPREAD) if by > SMALLEST_SPREAD else 1.0
+    volume /= _divisor(by)
     return volume
+
+
+def _divisor(by: float) -> float:
+    return by if by > SMALLEST_SPREAD else 1.0
 
 
 def correct_bias_field(volume: Volume, mask: Mask, spacing: Triple) -> Volume:

@@ -99,9 +99,10 @@ def preprocess_and_store(item: tuple[Case, tuple[Target, ...]], *, dataset: RawD
     for target in targets:
         store = Store(target.folder)
         try:
-            geometry = find_geometry(image, target.settings)
+            geometry = find_geometry(image, target.settings, label)
             # slices left alone along z and slices resampled to the spacing they have are the same arrays
-            content = (geometry, target.settings.normalization, target.settings.image_order)
+            how = target.settings
+            content = (geometry, how.normalization, how.image_order, how.label_scale)
             if content in written:
                 store.link(written[content])
                 continue
@@ -113,7 +114,9 @@ def preprocess_and_store(item: tuple[Case, tuple[Target, ...]], *, dataset: RawD
         if done.label is not None:
             arrays["label"] = done.label
             foreground = sample_foreground(done.label, labels)
-        written[content] = store.write(case.identifier, arrays, geometry, foreground, source=source)
+        written[content] = store.write(
+            case.identifier, arrays, geometry, foreground, source=source, label_geometry=done.label_geometry
+        )
 
 
 def sample_foreground(label: NDArray[Any], labels: Labels) -> dict[str, NDArray[np.int32]]:

@@ -78,13 +78,21 @@ class StoreEntry:
     """What the entry was made from; an entry with another source is out of date."""
     version: int
     """Of the store's layout."""
+    label_geometry: CaseGeometry | None = None
+    """How the label comes back to its file's grid, where that or its network grid is not the image's."""
     folder: Path = Path()
     """Where the files are; not stored."""
 
     @property
     def shape(self) -> Shape:
-        """Voxels (z, y, x)."""
+        """Voxels (z, y, x) of the image."""
         _, z, y, x = self.arrays["image"].shape
+        return (z, y, x)
+
+    @property
+    def label_shape(self) -> Shape:
+        """Voxels (z, y, x) of the label: the image's, or more where the label is on a finer grid."""
+        _, z, y, x = self.arrays["label"].shape
         return (z, y, x)
 
     @property
@@ -98,7 +106,10 @@ class StoreEntry:
         return tuple(name for name, (start, stop) in self.ranges.items() if stop > start and name != ANNOTATED)
 
     def foreground(self, name: str) -> NDArray[np.int32]:
-        """Voxels (N, 3) int32 (z, y, x) of a class or region, or of "annotated": all, or a fixed random sample."""
+        """Voxels (N, 3) int32 (z, y, x) of a class or region, or of "annotated": all, or a fixed random sample.
+
+        They are counted on the label's grid.
+        """
         start, stop = self.ranges.get(name, (0, 0))
         if start == stop:
             return np.empty((0, 3), dtype=np.int32)
@@ -183,11 +194,13 @@ class Store:
         foreground: Mapping[str, NDArray[Any]],
         *,
         source: str = "",
+        label_geometry: CaseGeometry | None = None,
     ) -> StoreEntry:
         """Write a case: `arrays` (C, Z, Y, X) by name, `foreground` coordinates (N, 3) by class or region.
 
-        `source` says what the case was made from, for whoever asks later whether it is up to date. Atomic: until
-        everything is on disk the case does not count as done. Raises StorageError.
+        `label_geometry` is kept where it is not the image's `geometry`. `source` says what the case was made from, for
+        whoever asks later whether it is up to date. Atomic: until everything is on disk the case does not count as
+        done. Raises StorageError.
         """
         self.remove(case)
         stored = {name: self._write_array(case, name, array) for name, array in arrays.items()}
@@ -198,7 +211,8 @@ class Store:
         if start:
             coordinates = np.concatenate([np.asarray(rows, dtype=np.int32) for rows in foreground.values()])
             stored[FOREGROUND] = self._write_array(case, FOREGROUND, coordinates)
-        entry = StoreEntry(case, geometry, stored, ranges, source, STORE_VERSION, self.folder)
+        own = None if label_geometry == geometry else label_geometry
+        entry = StoreEntry(case, geometry, stored, ranges, source, STORE_VERSION, own, self.folder)
         self._write_record(entry)
         return entry
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ from autoseg.checkpoint import Checkpoint
 from autoseg.inference.predictor import Model
 from autoseg.labels import Labels
 from autoseg.networks import build_network
+from autoseg.networks.upsampling import OutputGrid, interpolate
 from autoseg.plan import (
+    Acquisition,
     Architecture,
     Budget,
     Configuration,
@@ -94,3 +97,42 @@ def threshold_model(*, channels: tuple[str, ...] = ("MRI",), flat: bool = False,
     plan = small_plan(labels=ONE_CLASS, channels=channels, flat=flat, file_ending=file_ending)
     network = Threshold()
     return Model(plan, plan.configurations[0], (network,), ("0",), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+class FineThreshold(nn.Module):
+    """`Threshold` of the image interpolated to the grid that is asked for, and that image; notes what it was asked."""
+
+    def __init__(self, *, labels: bool = True, image: bool = True) -> None:
+        super().__init__()
+        self.labels, self.image = labels, image
+        self.shapes: list[tuple[int, ...]] = []
+        self.grids: list[OutputGrid] = []
+
+    def forward(self, x: torch.Tensor, grid: OutputGrid) -> list[torch.Tensor]:
+        self.shapes.append(tuple(x.shape))
+        self.grids.append(grid)
+        fine = interpolate(x[:, :1], grid)
+        return [torch.cat([-10 * fine, 10 * fine] * self.labels + [fine] * self.image, dim=1)]
+
+
+def super_resolving(plan: Plan, *, labels: bool = True, image: bool = True, **changes: Any) -> Configuration:
+    """`3d_sr`: slices of 4 mm in, of 1 mm out, with the first configuration's network."""
+    first = plan.configurations[0]
+    architecture = replace(
+        first.architecture,
+        output_channels=plan.labels.output_channels if labels else 0,
+        head="subpixel",
+        head_scale=(4.0, 1.0, 1.0),
+        image_channels=len(plan.channels) if image else 0,
+    )
+    changes = {"sr_scale": (4.0, 1.0, 1.0), "sr_source": "degraded", "acquisition": Acquisition(), **changes}
+    fine = replace(first.preprocessing, spacing=(1.0, 1.0, 1.0))
+    return replace(first, name="3d_sr", preprocessing=fine, architecture=architecture, **changes)
+
+
+def fine_threshold_model(*, labels: bool = True, image: bool = True, **changes: Any) -> Model:
+    """A super-resolving model whose answer is known: label 3 where the interpolated image is above its mean."""
+    plan = small_plan(labels=ONE_CLASS)
+    configuration = super_resolving(plan, labels=labels, image=image, **changes)
+    network = FineThreshold(labels=labels, image=image)
+    return Model(plan, configuration, (network,), ("0",), torch.device("cpu"))  # type: ignore[arg-type]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import tiny_configuration
+from tiny_training import sr_configuration, stack_configuration, tiny_configuration
 from torch import Tensor
 
 from autoseg.plan import Configuration, Shape, TrainingSettings
-from autoseg.training.augment import Augmentation, rotation_limit, source_size
+from autoseg.training.augment import Augmentation, in_plane, rotation_limit, source_size
 from autoseg.training.batches import _seed_everything
 
 THICK = TrainingSettings(low_resolution_axes=(1, 2), rotate_out_of_plane=False)
@@ -198,3 +198,39 @@ def test_what_is_read_is_at_least_the_patch_and_not_wider_along_slices_that_stay
 def test_a_long_plane_is_turned_less_than_a_square_one() -> None:
     assert rotation_limit(KINDS["long 2d"]) < rotation_limit(KINDS["2d colour"])
     assert rotation_limit(KINDS["3d"]) < rotation_limit(KINDS["3 thick slices"])
+
+
+def test_slices_stay_in_their_plane_where_they_are_thick_flat_or_labelled_finer() -> None:
+    turned = {
+        "3d": tiny_configuration(patch_size=(12, 16, 16)),
+        "degraded": sr_configuration(scale=(4.0, 1.0, 1.0)),
+    }
+    flat = {
+        "thick": tiny_configuration(patch_size=(12, 16, 16), training=THICK),
+        "2d": tiny_configuration(patch_size=(1, 16, 16)),
+        "stack": stack_configuration(),
+        "paired": sr_configuration(source="paired", image=False),
+    }
+    assert all(not in_plane(configuration) for configuration in turned.values())
+    assert all(in_plane(configuration) for configuration in flat.values())
+    assert source_size(turned["degraded"], (24, 12, 12))[0] > 24
+    assert all(source_size(c)[0] == c.patch_size[0] for c in flat.values())
+
+
+def test_image_and_label_of_different_depth_are_turned_alike() -> None:
+    augmentation = Augmentation(sr_configuration(scale=(4.0, 1.0, 1.0), source="paired", image=False))
+    size = source_size(augmentation.configuration)
+    plane = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (5, 5)).repeat(5, 0).repeat(5, 1))
+    plane = plane[: size[1], : size[2]]
+    image = plane.expand(1, 3, *plane.shape).float().contiguous()
+    label = plane.expand(1, 12, *plane.shape).short().contiguous()
+    turned = 0
+    for seed in range(40):
+        _seed_everything(seed)
+        patch, target = augmentation.turn(image.clone(), label.clone(), size=(3, 12, 12))
+        assert patch.shape == (1, 3, 12, 12) and target.shape == (1, 12, 12, 12)
+        assert all(torch.equal(target[0, 0], target[0, z]) for z in range(12))
+        clear = (patch[0, 0] - 0.5).abs() > 0.1
+        assert ((patch[0, 0] > 0.5) == (target[0, 0] == 1))[clear].all()
+        turned += bool(((patch > 0.05) & (patch < 0.95)).any())
+    assert turned > 5

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import TWO_CLASSES, preprocessed, store_of, tiny_configuration, tiny_plan
+from tiny_training import TWO_CLASSES, preprocessed, sr_configuration, store_of, tiny_configuration, tiny_plan
 
 from autoseg.errors import StorageError, WorkerError
 from autoseg.plan import TrainingSettings
 from autoseg.preprocessing.store import Store
 from autoseg.training.batches import Batch, Samples, batches
+from autoseg.training.samples import Sample
 from autoseg.training.sampling import read_patch
 
 
@@ -41,7 +42,11 @@ def take(samples: Samples, count: int, *, first_step: int = 0, workers: int = 0)
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(a.image, b.image) and torch.equal(a.label, b.label) for a, b in zip(first, second, strict=True)
+        torch.equal(a.image, b.image)
+        and torch.equal(a.label, b.label)
+        and a.grid == b.grid
+        and (a.truth is b.truth is None or torch.equal(a.truth, b.truth))  # type: ignore[arg-type]
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -67,6 +72,18 @@ def test_two_processes_prepare_the_batches_of_the_thread_also_from_the_middle_on
     assert same(take(samples, 6, first_step=4, workers=2), take(samples, 6, first_step=4))
 
 
+def test_fine_truth_and_its_grid_come_from_processes_as_from_the_thread(tiny_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    plan = tiny_plan(sr_configuration(sr_range=(1.5, 3.0), patch_size=(4, 12, 12)))
+    workspace = preprocessed(tiny_dataset(cases=3), plan, tmp_path / "workspace")
+    (settings,) = plan.configurations
+    store = Store(workspace.store(settings.preprocessing))
+    samples = Samples(store, store.cases(), settings, plan.labels, seed=3)
+    expected = take(samples, 4, first_step=198)
+    assert len({batch.grid for batch in expected}) >= 3 and all(batch.truth is not None for batch in expected)
+    assert same(take(samples, 4, first_step=198, workers=1), expected)
+    assert same(take(samples, 2, first_step=200), expected[2:])
+
+
 def test_what_else_was_drawn_before_changes_no_batch(samples: Samples) -> None:
     expected = take(samples, 2)
     np.random.random(17)
@@ -77,8 +94,8 @@ def test_what_else_was_drawn_before_changes_no_batch(samples: Samples) -> None:
 
 def test_samples_travel_to_a_worker_also_after_they_have_been_read(samples: Samples) -> None:
     expected = samples[0, 0]  # opens files
-    image, label = pickle.loads(pickle.dumps(samples))[0, 0]
-    assert torch.equal(image, expected[0]) and torch.equal(label, expected[1])
+    sample = pickle.loads(pickle.dumps(samples))[0, 0]
+    assert torch.equal(sample.image, expected.image) and torch.equal(sample.label, expected.label)
     assert len(pickle.dumps(samples)) < 50_000  # the settings and the records of the cases, no voxels
 
 
@@ -92,7 +109,7 @@ def corner_samples(tmp_path: Path, *, augment: bool) -> Samples:
 
 def test_a_structure_in_the_corner_of_a_large_image_is_trained_on(tmp_path: Path) -> None:
     samples = corner_samples(tmp_path, augment=True)
-    shows = [bool((samples[step, 1][1] == 1).any()) for step in range(40)]
+    shows = [bool((samples[step, 1].label == 1).any()) for step in range(40)]
     assert np.mean(shows) > 0.8  # a rotation or a scaling may push it out
 
 
@@ -102,23 +119,23 @@ def test_a_patch_that_is_neither_rotated_nor_scaled_is_the_one_that_was_drawn(tm
     for step in range(40):
         patch = samples.sampler.draw(np.random.default_rng((0, step, 0)), index=0, size=samples.patch_size)
         drawn = read_patch(samples.sampler.entries["a"], "label", patch.start, samples.patch_size)
-        exact += np.array_equal(samples[step, 0][1].numpy(), drawn)
+        exact += np.array_equal(samples[step, 0].label.numpy(), drawn)
     assert exact >= 20
 
 
 def test_without_augmentation_a_patch_is_cut_out_unchanged(samples: Samples, tmp_path: Path) -> None:
     plain = corner_samples(tmp_path, augment=False)
     for step in range(5):
-        image, label = plain[step, 1]
-        assert torch.equal(image, label.float())
-        assert (label == 1).any()
+        sample = plain[step, 1]
+        assert torch.equal(sample.image, sample.label.float())
+        assert (sample.label == 1).any()
 
 
 def test_preparing_takes_one_thread_and_leaves_the_others_to_the_optimiser(samples: Samples) -> None:
     seen: dict[str, int] = {}
     original = Samples.__getitem__
 
-    def spy(self: Samples, position: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy(self: Samples, position: tuple[int, int]) -> Sample:
         sample = original(self, position)
         seen["preparing"] = torch.get_num_threads()
         return sample

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoseg.errors import DatasetError, StorageError
-from autoseg.geometry import voxels_to_world
+from autoseg.geometry import outer_faces, refine_grid, voxels_to_world
 from autoseg.image import Grid, Image
 from autoseg.labels import Labels
 from autoseg.plan import Normalization, PreprocessingSettings
@@ -18,6 +18,9 @@ from autoseg.preprocessing.case import (
     CaseGeometry,
     bring_label,
     find_geometry,
+    find_label_geometry,
+    find_units,
+    fine_geometry,
     place,
     preprocess_case,
     restore_label,
@@ -247,3 +250,119 @@ def test_what_does_not_fit_is_refused_in_a_sentence():
     other = Image(np.ones((1, 4, 4, 5), np.int16), Grid((4, 4, 5)))
     with pytest.raises(DatasetError, match="label's shape"):
         preprocess_case(image, other, preprocessing(channels=2), LABELS)
+
+
+# ---- finer grids
+
+
+SCALES = st.tuples(*[st.one_of(st.sampled_from([1.0, 2.0, 3.0, 4.0]), st.floats(1, 6))] * 3)
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases(), ORDERS, SPACINGS, SCALES)
+def test_a_fine_geometry_refines_the_file_exactly_and_the_network_nearly_so(case, order, spacing, scale):
+    geometry = find_geometry(case[0], preprocessing(spacing, order))
+    fine = fine_geometry(geometry, scale)
+    factor = [scale[geometry.permutation.index(axis)] for axis in range(3)]
+    np.testing.assert_allclose(np.asarray(fine.original.spacing) * factor, geometry.original.spacing, rtol=1e-12)
+    np.testing.assert_allclose(outer_faces(fine.original)[0], outer_faces(geometry.original)[0], atol=1e-7)
+    assert fine.network.shape == fine.network_shape
+    for axis in range(3):
+        start, stop = fine.crop[axis]
+        assert 0 <= start < stop <= fine.turned.shape[axis]
+        planned = geometry.network.spacing[axis] / scale[axis]
+        assert fine.network_shape[axis] == 1 or fine.network.spacing[axis] >= planned * (1 - 1e-6)
+        assert fine.network.spacing[axis] < 2 * planned or fine.network_shape[axis] == 1
+    # the same piece of the world, but for the rounding of the box
+    for before, after in zip(outer_faces(geometry.cropped), outer_faces(fine.cropped), strict=True):
+        apart = np.linalg.solve(np.asarray(fine.turned.direction), np.subtract(after, before))
+        assert (np.abs(apart) <= np.asarray(fine.turned.spacing) * 1.0 + 1e-6).all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases(), ORDERS, SPACINGS, st.tuples(*[st.integers(1, 4)] * 3))
+def test_with_whole_scales_every_voxel_is_split_where_it_is(case, order, spacing, scale):
+    geometry = find_geometry(case[0], preprocessing(spacing, order))
+    fine = fine_geometry(geometry, tuple(float(s) for s in scale))
+    assert fine.network_shape == tuple(n * s for n, s in zip(geometry.network_shape, scale, strict=True))
+    voxels = np.argwhere(np.ones(fine.network_shape))
+    inside = (voxels + 0.5) / scale - 0.5  # in voxels of the network's input
+    np.testing.assert_allclose(
+        voxels_to_world(fine.network, voxels), voxels_to_world(geometry.network, inside), atol=1e-6
+    )
+    # a label painted there lies in the file's voxels that its coarse voxels came from
+    coarse = np.zeros(geometry.network_shape, np.uint8)
+    coarse[0] = 1
+    painted = restore_label(np.repeat(np.repeat(np.repeat(coarse, scale[0], 0), scale[1], 1), scale[2], 2), fine)
+    if geometry.network_shape == geometry.cropped.shape:
+        blocks = restore_label(coarse, geometry).array[0]
+        for axis in range(3):
+            blocks = blocks.repeat(scale[geometry.permutation.index(axis)], axis)
+        np.testing.assert_array_equal(painted.array[0], blocks)
+    assert painted.grid == fine.original
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), ORDERS, SPACINGS)
+def test_a_scale_of_one_changes_nothing(case, order, spacing):
+    geometry = find_geometry(case[0], preprocessing(spacing, order))
+    assert fine_geometry(geometry, (1.0, 1.0, 1.0)) == geometry
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), ORDERS, st.tuples(*[st.integers(1, 4)] * 3))
+def test_a_label_on_a_finer_grid_of_its_own_is_brought_where_it_was(case, order, factor):
+    image, coarse = case
+    spacing = find_geometry(image, preprocessing(axis_order=order)).cropped.spacing
+    array = coarse.array
+    for axis in range(3):
+        array = array.repeat(factor[axis], axis + 1)
+    label = Image(array, refine_grid(image.grid, factor))
+    geometry = find_geometry(image, preprocessing(spacing, order))
+    scale = tuple(float(factor[axis]) for axis in geometry.permutation)
+    there = preprocess_case(image, label, preprocessing(spacing, order, label_scale=scale), LABELS)
+    assert there.image.shape == (1, *geometry.network_shape)
+    assert there.label.shape == (1, *(round(n * s) for n, s in zip(geometry.network_shape, scale, strict=True)))
+    back = restore_label(there.label[0], there.label_geometry)
+    assert back.grid == label.grid
+    np.testing.assert_array_equal(back.array, label.array)
+    on_image = preprocess_case(image, label, preprocessing(spacing, order), LABELS)
+    assert on_image.label.shape == on_image.image.shape, "without a label scale it comes to the image's grid"
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), ORDERS, st.tuples(*[st.integers(0, 9)] * 3))
+def test_the_border_is_cut_where_voxels_of_both_grids_meet(case, order, more):
+    image, _ = case
+    shape = tuple(n + m for n, m in zip(image.shape, more, strict=True))
+    spacing = [s * n / m for s, n, m in zip(image.grid.spacing, image.shape, shape, strict=True)]
+    shifted = voxels_to_world(
+        image.grid, np.array([[(n / m - 1) / 2 for n, m in zip(image.shape, shape, strict=True)]])
+    )
+    grid = Grid(shape, tuple(spacing), tuple(shifted[0]), image.grid.direction)
+    label = Image(np.ones((1, *shape), np.int16), grid)
+    geometry = find_geometry(image, preprocessing(axis_order=order), label)
+    own = find_label_geometry(label, geometry)
+    for face, own_face in zip(outer_faces(geometry.cropped), outer_faces(own.cropped), strict=True):
+        np.testing.assert_allclose(face, own_face, atol=1e-6)
+    tight = find_geometry(image, preprocessing(axis_order=order)).crop
+    assert all(a <= b and c >= d for (a, c), (b, d) in zip(geometry.crop, tight, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["ct", "zscore", "none", "rescale", "rgb"])
+def test_the_units_of_a_channel_undo_its_normalisation(scheme):
+    array = np.random.default_rng(0).uniform(20, 90, (1, 5, 6, 7)).astype(np.float32)
+    array[:, 0] = 0  # is cut away
+    how = Normalization(scheme, mean=50, std=20, lower=0, upper=100)
+    settings_ = PreprocessingSettings((1, 1, 1), (0, 1, 2), (how,))
+    image = Image(array, Grid((5, 6, 7)))
+    there = preprocess_case(image, None, settings_, None)
+    ((offset, factor),) = find_units(image, there.geometry, settings_)
+    np.testing.assert_allclose(offset + factor * there.image, array[:, 1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["masked_zscore", "n4+zscore"])
+def test_what_cannot_be_undone_has_no_units(scheme):
+    image = Image(np.ones((1, 4, 4, 4), np.float32), Grid((4, 4, 4)))
+    settings_ = PreprocessingSettings((1, 1, 1), (0, 1, 2), (Normalization(scheme),))
+    assert find_units(image, find_geometry(image, settings_), settings_) == (None,)

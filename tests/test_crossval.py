@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,16 @@ from autoseg.dataset import RawDataset
 from autoseg.demo import write_synthetic_dataset
 from autoseg.errors import CheckpointError, PlanError, StorageError
 from autoseg.files import write_json
+from autoseg.geometry import refine_grid
 from autoseg.image import Image, read_image, write_image
 from autoseg.inference import crossval
 from autoseg.inference.crossval import prepare_previous_stage, validate_fold
 from autoseg.inference.predictor import load_model
+from autoseg.metrics import score_images
 from autoseg.networks import build_network
+from autoseg.networks.upsampling import interpolate
 from autoseg.plan import (
+    Acquisition,
     Architecture,
     Budget,
     Configuration,
@@ -29,6 +35,7 @@ from autoseg.plan import (
     PreprocessingSettings,
     TrainingSettings,
 )
+from autoseg.preprocessing.degradation import degrade_entry
 from autoseg.preprocessing.run import preprocess
 from autoseg.preprocessing.store import Store
 from autoseg.workspace import CHECKPOINT, Workspace
@@ -58,10 +65,18 @@ def configuration(dataset: RawDataset, name: str, *, spacing: float, previous: s
 
 
 class Project:
-    """A dataset of four cases with its plan, store and folds, and untrained networks as models."""
+    """A dataset of four cases with its plan, store and folds, and untrained networks as models.
 
-    def __init__(self, root: Path) -> None:
+    `finer` splits the slices of the labels, which then lie on grids of their own; `changes` are made to 3d_fullres, and
+    `architecture` to its network.
+    """
+
+    def __init__(
+        self, root: Path, *, finer: int = 1, architecture: dict[str, Any] | None = None, **changes: Any
+    ) -> None:
         write_synthetic_dataset(root / "Dataset900_Demo", cases=4, test_cases=0, shape=(6, 22, 22))
+        if finer > 1:
+            _split_labels(root / "Dataset900_Demo", finer)
         self.dataset = RawDataset.load(root / "Dataset900_Demo")
         self.workspace = Workspace.of(self.dataset.root)
         self.plan = Plan(
@@ -71,7 +86,7 @@ class Project:
             file_ending=self.dataset.file_ending,
             budget=Budget(2**30, 60.0),
             configurations=(
-                configuration(self.dataset, "3d_fullres", spacing=1.1),
+                _changed(configuration(self.dataset, "3d_fullres", spacing=1.1), architecture or {}, changes),
                 configuration(self.dataset, "3d_lowres", spacing=2.0),
                 configuration(self.dataset, "3d_cascade", spacing=1.1, previous="3d_lowres"),
             ),
@@ -95,6 +110,20 @@ class Project:
 
     def validate(self, name: str, fold: str, **options):
         return validate_fold(self.dataset, self.plan, name, fold, workspace=self.workspace, device="cpu", **options)
+
+
+def _changed(planned: Configuration, architecture: dict[str, Any], changes: dict[str, Any]) -> Configuration:
+    return replace(planned, architecture=replace(planned.architecture, **architecture), **changes)
+
+
+def _split_labels(root: Path, factor: int) -> None:
+    for path in (root / "labelsTr").iterdir():
+        label = read_image(path)
+        thick = int(np.argmax(label.grid.spacing))
+        factors = [factor if axis == thick else 1 for axis in range(3)]
+        write_image(Image(label.array.repeat(factor, thick + 1), refine_grid(label.grid, factors)), path)
+    content = json.loads((root / "dataset.json").read_text())
+    write_json(root / "dataset.json", {**content, "label_grid": "own"})
 
 
 @pytest.fixture
@@ -287,3 +316,105 @@ def _pretend_validated(project: Project) -> None:
         for case in project.dataset.cases:
             if case.identifier in held_out:
                 write_image(read_image(case.label), folder / "validation" / f"{case.identifier}.nii.gz")
+
+
+# ---- super-resolution
+
+HEAD = {"head": "subpixel", "head_scale": (2.5, 1.0, 1.0), "image_channels": 1}
+DEGRADED = {"sr_source": "degraded", "sr_scale": (2.5, 1.0, 1.0), "acquisition": Acquisition()}
+
+
+def test_thick_slices_are_made_of_stored_fine_images_and_the_answer_is_scored_on_all_fine_voxels(tmp_path):
+    project = Project(tmp_path, architecture=HEAD, **DEGRADED)
+    validation = project.train("3d_fullres", "0") / "validation"
+    evaluation = project.validate("3d_fullres", "0")
+    assert sorted(evaluation.cases) == project.folds[0] and evaluation.complete
+    planned = project.plan.configuration("3d_fullres")
+    store = Store(project.workspace.store(planned.preprocessing))
+    for case in project.folds[0]:
+        entry = store.entry(case)
+        kept = Store(validation / "probabilities").entry(case)
+        assert kept.read("plain").shape == (5, *entry.shape) and kept.geometry == entry.geometry
+        label = read_image(next(c.label for c in project.dataset.cases if c.identifier == case))
+        assert read_image(validation / f"{case}.nii.gz").shape == label.shape
+        # an untrained head is linear interpolation of what the forward model made
+        degraded = degrade_entry(entry, planned)
+        assert degraded.image.shape[1] == int(entry.shape[0] / 2.5)
+        fine = interpolate(torch.from_numpy(degraded.image)[None], degraded.grid)[0, 0].numpy()
+        expected = score_images((entry.read("image")[0] - degraded.moments.mean[0]) / degraded.moments.std[0], fine)
+        assert evaluation.images[case] == pytest.approx(expected, rel=1e-3)
+    summary = json.loads((validation / "summary.json").read_text())
+    assert sorted(summary["images"]["cases"]) == project.folds[0] and "PSNR" in evaluation.table()
+    assert {path.name for path in (validation / "pictures").iterdir()} == {"best.png", "worst.png"}
+
+
+def test_scores_of_images_are_remembered_with_the_predictions(tmp_path):
+    project = Project(tmp_path, architecture=HEAD, **DEGRADED)
+    project.train("3d_fullres", "0")
+    first = project.validate("3d_fullres", "0", pictures=False)
+    seen: list[str] = []
+    again = project.validate("3d_fullres", "0", pictures=False, progress=lambda case, *_: seen.append(case))
+    assert seen == [] and again == first and all(math.isfinite(s["ssim"]) for s in again.images.values())
+
+
+def test_a_model_of_images_alone_is_scored_by_its_images(tmp_path):
+    project = Project(tmp_path, architecture={**HEAD, "output_channels": 0}, **DEGRADED)
+    folder = project.train("3d_fullres", "0")
+    evaluation = project.validate("3d_fullres", "0")
+    assert sorted(evaluation.images) == project.folds[0] and not evaluation.cases and not evaluation.problems()
+    assert not (folder / "validation" / f"{project.folds[0][0]}.nii.gz").exists()
+    seen: list[str] = []
+    project.validate("3d_fullres", "0", progress=lambda case, *_: seen.append(case))
+    assert seen == []
+
+
+def test_an_answer_on_the_labels_finer_grid_is_scored_there(tmp_path):
+    preprocessing = PreprocessingSettings(
+        (3.0, 1.1, 1.1), (0, 1, 2), (Normalization("zscore"),), label_scale=(2.0, 1.0, 1.0)
+    )
+    head = {**HEAD, "head_scale": (2.0, 1.0, 1.0)}
+    project = Project(
+        tmp_path, finer=2, architecture=head, preprocessing=preprocessing, sr_source="paired", sr_scale=(2.0, 1.0, 1.0)
+    )
+    folder = project.train("3d_fullres", "0")
+    evaluation = project.validate("3d_fullres", "0")
+    assert sorted(evaluation.cases) == project.folds[0] and evaluation.complete
+    assert not evaluation.images, "the fine image is not known"
+    raw = project.dataset.cases[0]
+    label, written = read_image(raw.label), read_image(folder / "validation" / f"{raw.identifier}.nii.gz")
+    image = read_image(raw.images[0])
+    assert written.shape == label.shape and math.prod(label.shape) == 2 * math.prod(image.shape)
+    entry = Store(project.workspace.store(preprocessing)).entry(raw.identifier)
+    kept = Store(folder / "validation" / "probabilities").entry(raw.identifier)
+    assert kept.read("plain").shape[1:] == entry.label_shape == (2 * entry.shape[0], *entry.shape[1:])
+    predicted = load_model(folder, "cpu").predict(raw.images[0])
+    assert predicted.shape == written.shape and (predicted.array == written.array).mean() > 0.99
+
+
+def test_a_plain_model_is_scored_on_the_labels_finer_grid_too(tmp_path):
+    project = Project(tmp_path, finer=2)
+    folder = project.train("3d_fullres", "0")
+    evaluation = project.validate("3d_fullres", "0")
+    assert sorted(evaluation.cases) == project.folds[0] and evaluation.complete
+    raw = project.dataset.cases[0]
+    assert read_image(folder / "validation" / f"{raw.identifier}.nii.gz").shape == read_image(raw.label).shape
+
+
+def test_a_self_supervised_answer_is_brought_back_to_the_thick_slices_that_are_labelled(tmp_path):
+    flat = {
+        "kernels": ((1, 3, 3), (1, 3, 3)), "head": "subpixel", "head_scale": (1.0, 3.0, 1.0), "image_channels": 1,
+    }  # fmt: skip
+    project = Project(
+        tmp_path, architecture=flat, topology="2d", patch_size=(1, 16, 16), sr_source="self",
+        sr_scale=(1.0, 3.0, 1.0), acquisition=Acquisition(),
+    )  # fmt: skip
+    folder = project.train("3d_fullres", "0")
+    evaluation = project.validate("3d_fullres", "0", pictures=False)
+    assert sorted(evaluation.cases) == project.folds[0] and evaluation.complete and not evaluation.images
+    raw = project.dataset.cases[0]
+    model = load_model(folder, "cpu")
+    image = read_image(raw.images[0])
+    assert math.prod(model.predict(raw.images[0]).shape) == 3 * math.prod(image.shape)
+    native = model.predict(raw.images[0], native=True)
+    written = read_image(folder / "validation" / f"{raw.identifier}.nii.gz")
+    assert written.shape == native.shape == image.shape and (native.array == written.array).mean() > 0.999

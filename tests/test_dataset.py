@@ -149,6 +149,7 @@ def test_a_channel_too_many_is_refused(tiny_dataset: Factory) -> None:
         ({"file_ending": None}, '"file_ending" is missing'),
         ({"file_ending": ".nii.gs"}, "Did you mean '.nii.gz'"),
         ({"file_ending": ".mha"}, "no training case found"),
+        ({"label_grid": "fine"}, "label_grid 'fine' is not known; choose one of image, own"),
         ({"dataset": ["a"]}, '"dataset" must be'),
         ({"dataset": {"a": {"images": []}}}, "case a must be"),
         ({"dataset": {"a": {"images": ["x.nii.gz"], "label": "y.nii.gz"}}}, "case a: .*x.nii.gz is missing"),
@@ -317,6 +318,64 @@ def test_rounding_of_a_header_is_no_difference_at_all(tiny_dataset: Factory) -> 
     change(root / "labelsTr/case_00.nii.gz", on_grid(spacing=(2.000002, 1.0, 1.0), origin=(1e-5, 0.0, 0.0)))
     dataset = RawDataset.load(root)
     assert read_case_noting(dataset.cases[0], dataset)[2] == ()
+
+
+def finer(factor: int, *, shift: float = 0.0, slices: int | None = None) -> Callable[[Image], Image]:
+    """The label on slices `factor` times as thin over the same extent; moved by `shift` mm; `slices` of them."""
+
+    def edit(image: Image) -> Image:
+        array = image.array.repeat(factor, 1)[:, :slices]
+        thickness = image.grid.spacing[0] / factor
+        origin = (image.grid.origin[0] - image.grid.spacing[0] / 2 + thickness / 2 + shift, *image.grid.origin[1:])
+        return Image(array, replace(image.grid, shape=array.shape[1:], spacing=(thickness, 1.0, 1.0), origin=origin))
+
+    return edit
+
+
+def test_a_label_on_a_finer_grid_is_read_on_it_where_the_dataset_says_so(tiny_dataset: Factory) -> None:
+    root = tiny_dataset(cases=2)
+    on_image = read_case(RawDataset.load(root).cases[1], RawDataset.load(root))[1]
+    change(root / LABEL, finer(4))
+    undeclared = RawDataset.load(root)
+    with pytest.raises(DatasetError, match=r"Case case_01: .*size \(48, 16, 14\) voxels"):
+        read_case(undeclared.cases[1], undeclared)
+    describe(root, label_grid="own")
+    dataset = RawDataset.load(root)
+    assert dataset.label_grid == "own"
+    image, label = read_case(dataset.cases[1], dataset)
+    assert image.shape == (12, 16, 14) and label is not None and label.shape == (48, 16, 14)
+    assert label.grid.spacing == (0.5, 1.0, 1.0)
+    np.testing.assert_array_equal(label.array[:, ::4], on_image.array)  # type: ignore[union-attr]
+    same = read_case(dataset.cases[0], dataset)[1]
+    assert same is not None and same.shape == (12, 16, 14), "a label that lies on the image's grid may stay there"
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (finer(4, shift=0.3), r"covers \(-0.7, -0.5, -0.5\) to \(23.3, 15.5, 13.5\) mm .* \(-1, -0.5, -0.5\) to \(23,"),
+        (finer(4, slices=47), r"covers .* to \(22.5, 15.5, 13.5\) mm"),
+        (on_grid(direction=FLIPPED), "covers"),
+        (lambda i: Image(i.array[:, ::2], Grid((6, 16, 14), (4.0, 1.0, 1.0), (1.0, 0.0, 0.0))), "fewer than"),
+    ],
+)  # fmt: skip
+def test_a_label_on_an_unrelated_or_coarser_grid_is_refused_with_both_extents(
+    tiny_dataset: Factory, edit: Callable[[Image], Image], sentence: str
+) -> None:
+    root = tiny_dataset(cases=2)
+    change(root / LABEL, edit)
+    describe(root, label_grid="own")
+    dataset = RawDataset.load(root)
+    with pytest.raises(DatasetError, match=f"^Case case_01: .*case_01.nii.gz: .*{sentence}"):
+        read_case(dataset.cases[1], dataset)
+
+
+def test_half_a_fine_voxel_of_rounding_is_the_same_extent(tiny_dataset: Factory) -> None:
+    root = tiny_dataset(cases=2)
+    change(root / LABEL, finer(4, shift=0.2))
+    describe(root, label_grid="own")
+    dataset = RawDataset.load(root)
+    assert read_case(dataset.cases[1], dataset)[1].shape == (48, 16, 14)  # type: ignore[union-attr]
 
 
 def test_a_case_without_label_is_read(tiny_dataset: Factory) -> None:

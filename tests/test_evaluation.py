@@ -11,7 +11,7 @@ import pytest
 
 from autoseg.errors import PredictionError
 from autoseg.image import Grid, Image, write_image
-from autoseg.inference.evaluation import Pair, evaluate_folders, evaluate_pairs
+from autoseg.inference.evaluation import Pair, evaluate_folders, evaluate_image_folders, evaluate_pairs
 from autoseg.labels import Labels
 
 SPACING = (3.0, 1.0, 1.0)
@@ -203,3 +203,58 @@ def test_sparse_label_values_are_found(tmp_path):
     scores = evaluate_folders(tmp_path / "a", tmp_path / "b").cases["case"]
     assert list(scores) == ["30000", "60000"]
     assert scores["60000"]["dice"] == scores["30000"]["dice"] == 1
+
+
+# ---- super-resolved images
+
+
+@pytest.fixture
+def image_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Three predicted images with more and more noise beside predicted labels, and the true ones."""
+    for case in range(3):
+        random = np.random.default_rng(case)
+        truth = random.normal(size=(6, 14, 14)).cumsum(2).astype(np.float32)
+        write(tmp_path / "imagesTs" / f"case_{case}_0000.nii.gz", truth)
+        write(
+            tmp_path / "out" / f"case_{case}_image.nii.gz",
+            truth + np.float32(case) * random.normal(size=truth.shape).astype(np.float32),
+        )
+        write(tmp_path / "out" / f"case_{case}.nii.gz", label_map())
+    return tmp_path / "out", tmp_path / "imagesTs"  # fmt: skip
+
+
+def test_images_are_scored_by_psnr_and_ssim(image_folders, tmp_path):
+    evaluation = evaluate_image_folders(*image_folders)
+    assert list(evaluation.images) == ["case_0", "case_1", "case_2"] and evaluation.complete
+    assert evaluation.images["case_0"] == {"psnr": math.inf, "ssim": pytest.approx(1)}
+    assert evaluation.images["case_1"]["psnr"] > evaluation.images["case_2"]["psnr"]
+    assert evaluation.image_mean["psnr"].cases == 2 and evaluation.image_mean["ssim"].cases == 3
+    table = evaluation.table()
+    assert "PSNR" in table and "dB" in table and "SSIM" in table and "Dice" not in table
+    evaluation.save(tmp_path / "scores.json")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["images"]["cases"]["case_0"]["psnr"] is None
+    assert content["images"]["mean"]["ssim"]["mean"] == pytest.approx(evaluation.image_mean["ssim"].mean)
+    assert content["images"]["metrics"]["psnr"]["unit"] == "dB"
+
+
+def test_two_image_files_are_compared_whatever_their_names(image_folders):
+    one = evaluate_image_folders(image_folders[0] / "case_1_image.nii.gz", image_folders[1] / "case_1_0000.nii.gz")
+    assert list(one.images) == ["case_1"]
+
+
+def test_images_that_do_not_fit_are_named_and_the_others_scored(image_folders):
+    write(image_folders[1] / "case_1_0000.nii.gz", np.zeros((6, 14, 13), np.float32))
+    write(image_folders[1] / "case_7_0000.nii.gz", np.zeros((6, 14, 13), np.float32))
+    (image_folders[1] / "case_2_0000.nii.gz").unlink()
+    evaluation = evaluate_image_folders(*image_folders)
+    assert list(evaluation.images) == ["case_0"] and "6x14x14" in evaluation.failed["case_1"]
+    assert evaluation.missing == ("case_7",) and evaluation.extra == ("case_2",)
+    with pytest.raises(PredictionError, match="same name"):
+        evaluate_image_folders(image_folders[0], write(image_folders[1] / "x" / "z.nii.gz", label_map()).parent)
+
+
+def test_images_beside_predicted_labels_are_no_predictions_too_many(folders):
+    write(folders[0] / "case_1_image.nii.gz", np.zeros((24, 12, 12), np.float32))
+    evaluation = evaluate_folders(*folders)
+    assert evaluation.complete and not evaluation.images and "images" not in evaluation.to_json()

@@ -14,11 +14,15 @@ from autoseg.geometry import (
     canonical_axes,
     corner_distance,
     crop_grid,
+    extent_distance,
+    first_face_and_spacing,
     flip_grid,
     inverse_permutation,
     nonzero_box,
     orientation_code,
+    outer_faces,
     permute_grid,
+    refine_grid,
     reorder_axes,
     resample_grid,
     shape_at_spacing,
@@ -131,6 +135,40 @@ def test_a_resampled_grid_covers_the_same_extent(grid: Grid, shape: tuple) -> No
         after = voxels_to_world(resampled, corner * np.asarray(shape)[None] - 0.5)
         np.testing.assert_allclose(before, after, atol=1e-8)
     assert corner_distance(grid, resample_grid(resampled, grid.shape)) < 1e-6
+
+
+@given(grids(), st.tuples(*[st.floats(0.5, 8)] * 3))
+def test_a_refined_grid_has_the_exact_spacing_and_keeps_the_first_outer_face(grid: Grid, factor: tuple) -> None:
+    fine = refine_grid(grid, factor)
+    np.testing.assert_allclose(np.asarray(fine.spacing) * factor, grid.spacing, rtol=1e-12)
+    np.testing.assert_allclose(outer_faces(fine)[0], outer_faces(grid)[0], atol=1e-8)
+    beyond = np.asarray(fine.shape) * fine.spacing - np.asarray(grid.shape) * grid.spacing
+    assert (np.abs(beyond) <= np.asarray(fine.spacing) * 0.5 + 1e-6).all() or min(fine.shape) == 1
+    assert refine_grid(grid, (1.0, 1.0, 1.0)) == grid
+
+
+@given(grids(), st.tuples(*[st.integers(1, 4)] * 3))
+def test_grids_over_the_same_extent_are_no_distance_apart(grid: Grid, factor: tuple) -> None:
+    fine = refine_grid(grid, factor)
+    assert extent_distance(grid, fine) < 1e-6
+    shifted = flip_grid(crop_grid(fine, whole_box(fine.shape)), (True, False, False))
+    assert extent_distance(grid, shifted) == pytest.approx(fine.shape[0], rel=1e-6)
+
+
+def test_extents_are_compared_in_voxels_of_the_second_grid() -> None:
+    grid = Grid((4, 10, 10), (4.0, 1.0, 1.0))
+    assert extent_distance(grid, Grid((16, 10, 10), (1.0, 1.0, 1.0), (-1.5, 0.0, 0.0))) < 1e-9
+    assert extent_distance(grid, Grid((16, 10, 10), (1.0, 1.0, 1.0), (-1.0, 0.0, 0.0))) == pytest.approx(0.5)
+    assert extent_distance(grid, Grid((15, 10, 10), (1.0, 1.0, 1.0), (-1.5, 0.0, 0.0))) == pytest.approx(1.0)
+
+
+@given(grids(), permutations)
+def test_faces_along_the_axes_tell_how_grids_of_one_direction_lie(grid: Grid, permutation: tuple) -> None:
+    fine = refine_grid(grid, (2.0, 3.0, 1.5))
+    face, spacing = first_face_and_spacing(permute_grid(grid, permutation))
+    fine_face, fine_spacing = first_face_and_spacing(permute_grid(fine, permutation))
+    np.testing.assert_allclose(fine_face, face, atol=1e-8)
+    np.testing.assert_allclose(spacing / fine_spacing, np.array([2.0, 3.0, 1.5])[list(permutation)])
 
 
 def test_shape_at_spacing_keeps_the_extent_and_at_least_one_voxel() -> None:

@@ -19,6 +19,8 @@ from tiny_training import (
     REGIONS,
     TWO_CLASSES,
     preprocessed,
+    sr_configuration,
+    stack_configuration,
     store_of,
     tiny_configuration,
     tiny_plan,
@@ -29,7 +31,8 @@ from torch import Tensor
 from autoseg.checkpoint import Checkpoint, load_tensors
 from autoseg.errors import CheckpointError, PlanError, StorageError
 from autoseg.labels import Labels
-from autoseg.plan import Plan
+from autoseg.networks.upsampling import OutputGrid, interpolate
+from autoseg.plan import Configuration, Plan, TrainingSettings
 from autoseg.preprocessing.store import Store
 from autoseg.training import loop
 from autoseg.training.batches import Samples
@@ -453,6 +456,74 @@ def test_a_cascade_without_its_predictions_is_refused(cascade: tuple[Plan, Path]
         train(tiny_plan(), workspace, previous=predicted)
 
 
+# ---- 2.5D and super-resolution
+
+EIGHT_STEPS = TrainingSettings(steps=8)
+TOPOLOGIES: dict[str, Configuration] = {
+    "2.5d_stack": stack_configuration(),
+    "2.5d_reduce": stack_configuration(context="reduce"),
+    "2.5d_sagittal": stack_configuration(view_axis=2, patch_size=(1, 8, 12)),
+    "3d_sr": sr_configuration(training=replace(EIGHT_STEPS, image_losses=("l1", "high_frequency"))),
+    "3d_sr_any": sr_configuration(scale=(2.5, 1.0, 1.0), sr_range=(1.5, 3.0), training=EIGHT_STEPS),
+    "2d_sr": sr_configuration(scale=(1.0, 1.5, 2.0), patch_size=(1, 8, 4), training=EIGHT_STEPS),
+    "2.5d_stack_sr": sr_configuration(patch_size=(1, 12, 12), slices=3, training=EIGHT_STEPS),
+    "self": sr_configuration(source="self", scale=(1.0, 2.0, 1.0), patch_size=(1, 4, 8), training=EIGHT_STEPS),
+    "image only": sr_configuration(segments=False, training=EIGHT_STEPS),
+}
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_every_topology_trains_and_resumes_bit_identically(
+    tiny_dataset: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    plan = tiny_plan(TOPOLOGIES[name])
+    first = preprocessed(tiny_dataset(cases=5), plan, tmp_path / "workspace")
+    shutil.copytree(first.root, tmp_path / "twin")
+    second = Workspace(tmp_path / "twin")
+    assert train(plan, first, steps=8).finished
+    train(plan, second, steps=8, stop=stop_after(5))  # within the decay
+    train(plan, second, steps=8, resume=True)
+    assert same_weights(first, second)
+    history = History(first.fold(NAME, "0") / HISTORY, TWO_CLASSES.names)
+    history.load(until_step=8)
+    assert history.rows[-1].loss < history.rows[0].loss
+    assert (history.rows[-1].dice is None) == (name == "image only")
+
+
+def test_task_weights_are_saved_and_restored(tiny_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    plan = tiny_plan(TOPOLOGIES["3d_sr"])
+    place = preprocessed(tiny_dataset(cases=5), plan, tmp_path / "workspace")
+    train(plan, place, stop=stop_after(3))
+    before = saved(place)[0]["now/loss/weights"]
+    assert before.abs().min() > 0
+    train(plan, place, resume=True, stop=lambda: True)
+    assert torch.equal(saved(place)[0]["now/loss/weights"], before)
+    assert not [key for key in Checkpoint.load(place.fold(NAME, "0") / CHECKPOINT).weights if "loss" in key]
+
+
+def test_labels_that_are_finer_than_the_images_are_trained_on(tmp_path: Path) -> None:
+    configuration = sr_configuration(source="paired", image=False, training=EIGHT_STEPS)
+    plan, place = tiny_plan(configuration), Workspace(tmp_path)
+    random = np.random.default_rng(0)
+    images = {name: random.normal(size=(1, 8, 14, 14)).astype(np.float32) for name in "abcde"}
+    labels = {name: (image[0].repeat(2, 0) > 0.5).astype(np.int16) for name, image in images.items()}
+    store_of(place.store(configuration.preprocessing), labels, images=images)
+    assert train(plan, place, steps=3).finished
+
+
+def test_the_online_dice_is_taken_on_the_output_grid(tmp_path: Path) -> None:
+    label = np.zeros((12, 12, 12), np.int16)
+    label[4:8, 3:9, 3:9] = 1
+    coarse = label[::2].astype(np.float32)[None]
+    store = store_of(tmp_path, {"a": label}, images={"a": coarse})
+    configuration = sr_configuration(source="paired", image=False)
+    samples = Samples(store, ["a"], configuration, TWO_CLASSES, seed=0, augment=False)
+    online = OnlineDice(samples, TWO_CLASSES, device=torch.device("cpu"), batch_size=2)
+    state = build_training(configuration.architecture, TWO_CLASSES, RECIPES["sgd"], configuration=configuration)
+    state.network = Oracle(TWO_CLASSES)  # type: ignore[assignment]
+    assert online(state, precision=None) == (1.0, None)
+
+
 # ---- online Dice
 
 
@@ -468,7 +539,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.labels = labels
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor, grid: OutputGrid | None = None) -> list[Tensor]:
+        image = image if grid is None else interpolate(image, grid).round()
         masks = [torch.isin(image[:, 0], torch.tensor(values)) for values in self.labels.values]
         channels = masks if self.labels.has_regions else [image[:, 0] == 0, *masks]
         return [torch.stack(channels, 1).float() * 10 - 5]
@@ -491,10 +563,10 @@ def test_a_perfect_answer_has_an_online_dice_of_one_and_absent_structures_none(t
 
 def test_the_held_out_patches_stay_within_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = online_samples(tmp_path, TWO_CLASSES, np.ones((8, 12, 12), np.int16))
-    one = sum(tensor.nbytes for tensor in samples[0, 0])
+    one = samples[0, 0].image.nbytes + samples[0, 0].label.nbytes
     monkeypatch.setattr(loop, "VALIDATION_BYTES", 3 * one + 5)
     online = OnlineDice(samples, TWO_CLASSES, device=torch.device("cpu"), batch_size=2)
-    assert sum(len(images) for images in online.images) == 3
+    assert sum(len(batch.image) for batch in online.batches) == 3
 
 
 def test_a_stop_before_the_first_step_leaves_no_model(plan: Plan, workspace: Workspace) -> None:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import IGNORING, REGIONS, TWO_CLASSES
+from tiny_training import IGNORING, REGIONS, TWO_CLASSES, architecture, sr_configuration, stack_configuration
 from torch import Tensor
 from torch.nn import functional as F
 
+from autoseg import plan
+from autoseg.acquisition import degrade
+from autoseg.errors import PlanError
 from autoseg.labels import Labels
-from autoseg.training.losses import DeepSupervision, DiceCrossEntropy, build_loss
+from autoseg.networks import build_network
+from autoseg.networks.upsampling import OutputGrid
+from autoseg.plan import Acquisition, TrainingSettings
+from autoseg.training.losses import (
+    IMAGE_LOSSES,
+    DeepSupervision,
+    DiceCrossEntropy,
+    Restoration,
+    SuperResolutionLoss,
+    build_loss,
+    first_filters,
+)
 
 IGNORED_REGIONS = Labels.from_json({"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2])
 SPARSE_VALUES = Labels.from_json({"background": 0, "liver": 7, "tumour": 3})
@@ -137,3 +153,190 @@ def test_deep_supervision_keeps_high_label_values_exact() -> None:
     coarse = sure(label[..., ::2, ::2, ::2], labels.values, background=True)
     fine = sure(label, labels.values, background=True)
     assert build_loss(labels)([fine, coarse], label).item() == pytest.approx(-1, abs=1e-4)
+
+
+# ---- super-resolution
+
+SCALE = (2.0, 1.0, 1.0)
+GRID = OutputGrid((16, 6, 5), SCALE)
+
+
+def restoration(predicted: Tensor, truth: Tensor | None, *, image: Tensor | None = None) -> Restoration:
+    thick = torch.zeros(1, 1, 8, 6, 5) if image is None else image
+    return Restoration(predicted, truth, thick, GRID, Acquisition(), filters=torch.randn(4, 1, 3, 3, 3))
+
+
+def fine_image(seed: int) -> Tensor:
+    return torch.randn(1, 1, 16, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def wave(component: int) -> Tensor:
+    """A cosine of `component` periods along the refined axis, which is its own discrete Fourier component."""
+    line = torch.cos(2 * math.pi * component * torch.arange(16) / 16)
+    return line.reshape(1, 1, 16, 1, 1).expand(1, 1, 16, 6, 5)
+
+
+def test_the_terms_of_the_image_are_those_that_a_plan_may_name() -> None:
+    assert tuple(IMAGE_LOSSES) == plan.IMAGE_LOSSES
+
+
+@pytest.mark.parametrize("name", ["l1", "high_frequency", "perceptual"])
+def test_every_term_is_zero_for_the_truth_and_grows_with_the_error(name: str) -> None:
+    truth, error = fine_image(0), fine_image(1)
+    term = IMAGE_LOSSES[name]
+    assert term(restoration(truth, truth)).item() == 0
+    torch.manual_seed(0)
+    small, large = (term(restoration(truth + size * error, truth)).item() for size in (0.1, 0.5))
+    assert 0 < small < large
+
+
+def test_l1_is_the_mean_error() -> None:
+    truth = fine_image(0)
+    assert IMAGE_LOSSES["l1"](restoration(truth + 0.25, truth)).item() == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("component", "seen"), [(0, False), (1, False), (2, False), (3, True), (5, True), (8, True)])
+def test_high_frequencies_are_those_above_half_the_inputs_nyquist(component: int, seen: bool) -> None:
+    # at scale 2 the input's Nyquist frequency is component 4 of 16; half of it is component 2
+    truth = fine_image(0)
+    found = IMAGE_LOSSES["high_frequency"](restoration(truth + wave(component), truth)).item()
+    # one component of six above: amplitude 16 / 2, at Nyquist 16, divided by 4 (orthonormal)
+    expected = (4.0 if component == 8 else 2.0) / 6 if seen else 0.0
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_answer_that_the_forward_model_brings_back_to_the_input_is_consistent() -> None:
+    predicted = fine_image(0)
+    thick = degrade(predicted, SCALE, Acquisition())
+    term = IMAGE_LOSSES["consistency"]
+    assert term(restoration(predicted, None, image=thick)).item() == pytest.approx(0, abs=1e-6)
+    assert term(restoration(predicted, None, image=thick + 0.5)).item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_what_the_filters_see_is_measured_in_units_of_the_truth() -> None:
+    truth = fine_image(0)
+    first = restoration(truth * 1.1, truth)
+    scaled = replace(first, filters=None if first.filters is None else first.filters * 50)
+    term = IMAGE_LOSSES["perceptual"]
+    assert term(scaled).item() == pytest.approx(term(first).item(), rel=1e-4)
+    predicted = (truth * 1.1).requires_grad_()
+    term(replace(first, predicted=predicted)).backward()  # type: ignore[no-untyped-call]
+    assert predicted.grad is not None and predicted.grad.any()
+
+
+@pytest.mark.parametrize("context", ["none", "stack", "reduce"])
+def test_the_filters_are_the_networks_own_and_detached(context: str) -> None:
+    described = architecture(inputs=2) if context == "none" else stack_configuration(context=context).architecture
+    described = replace(described, input_channels=2, image_channels=2)
+    network = build_network(described)
+    filters = first_filters(network, described)
+    assert filters.shape == (4, 2, 1 if context == "stack" else 3, 3, 3) and not filters.requires_grad
+    if context == "stack":  # channel c of slice k is channel 3 c + k
+        first = next(p for name, p in network.named_parameters() if name.startswith("encoder") and p.ndim == 4)
+        assert torch.equal(filters[:, 1, 0], first[:, 4])
+
+
+def joint_outputs(seed: int = 0) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    finest = torch.randn(2, 4, 8, 6, 6, generator=generator)
+    coarse = [torch.randn(2, 3, 4, 6, 6, generator=generator), torch.randn(2, 3, 4, 3, 3, generator=generator)]
+    label = torch.randint(0, 3, (2, 1, 8, 6, 6), generator=generator).short()
+    truth, image = torch.randn(2, 1, 8, 6, 6, generator=generator), torch.randn(2, 1, 4, 6, 6, generator=generator)
+    return [finest, *coarse], label, truth, image
+
+
+def joint_loss(**changes: object) -> SuperResolutionLoss:
+    configuration = sr_configuration(training=TrainingSettings(**changes))  # type: ignore[arg-type]
+    loss = build_loss(TWO_CLASSES, configuration.architecture, configuration=configuration)
+    assert isinstance(loss, SuperResolutionLoss)
+    return loss
+
+
+def test_segmentation_and_image_are_weighted_by_what_is_learned() -> None:
+    outputs, label, truth, image = joint_outputs()
+    loss = joint_loss()
+    segmentation = DeepSupervision(DiceCrossEntropy(TWO_CLASSES))([outputs[0][:, :3], *outputs[1:]], label) + 1
+    error = F.l1_loss(outputs[0][:, 3:], truth)
+    torch.testing.assert_close(loss(outputs, label, truth, image), segmentation + error)
+    assert loss.weights is not None
+    with torch.no_grad():
+        loss.weights.copy_(torch.tensor([0.5, -1.0]))
+    value = loss(outputs, label, truth, image)
+    expected = math.exp(-0.5) * segmentation + 0.5 + math.e * error - 1.0
+    torch.testing.assert_close(value, expected)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert loss.weights.grad is not None
+    torch.testing.assert_close(loss.weights.grad[0], 1 - math.exp(-0.5) * segmentation)
+
+
+def test_a_perfect_answer_leaves_only_the_weights() -> None:
+    _, label, truth, image = joint_outputs()
+    finest = torch.cat((sure(label, TWO_CLASSES.values, background=True), truth), dim=1)
+    assert joint_loss()([finest], label, truth, image).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_terms_of_the_image_add_up() -> None:
+    outputs, label, truth, image = joint_outputs()
+    alone = [joint_loss(image_losses=(name,))(outputs, label, truth, image) for name in ("l1", "high_frequency")]
+    both = joint_loss(image_losses=("l1", "high_frequency"))(outputs, label, truth, image)
+    without = joint_loss(image_losses=("l1",))([outputs[0], *outputs[1:]], label, outputs[0][:, 3:], image)
+    torch.testing.assert_close(both, alone[0] + alone[1] - without)
+
+
+def test_one_task_alone_is_not_weighted() -> None:
+    outputs, label, truth, image = joint_outputs()
+    only = sr_configuration(segments=False)
+    loss = build_loss(TWO_CLASSES, only.architecture, configuration=only)
+    assert not list(loss.parameters())
+    torch.testing.assert_close(loss([outputs[0][:, 3:]], label, truth, image), F.l1_loss(outputs[0][:, 3:], truth))
+    labels = sr_configuration(image=False)
+    loss = build_loss(TWO_CLASSES, labels.architecture, configuration=labels)
+    assert not list(loss.parameters())
+    expected = DeepSupervision(DiceCrossEntropy(TWO_CLASSES))([outputs[0][:, :3], *outputs[1:]], label) + 1
+    torch.testing.assert_close(loss([outputs[0][:, :3], *outputs[1:]], label, None, image), expected)
+
+
+def test_a_stack_compares_its_middle_slice() -> None:
+    consistent = TrainingSettings(image_losses=("consistency",))
+    configuration = sr_configuration(
+        scale=(4.0, 1.0, 1.0), patch_size=(1, 12, 12), slices=3, segments=False, training=consistent
+    )
+    loss = build_loss(TWO_CLASSES, configuration.architecture, configuration=configuration)
+    predicted = torch.randn(1, 1, 4, 12, 12)
+    stack = torch.randn(1, 1, 3, 12, 12)
+    stack[:, :, 1:2] = degrade(predicted, (4.0, 1.0, 1.0), Acquisition())
+    assert loss([predicted], torch.zeros(1, 1, 4, 12, 12), None, stack).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_without_fine_images_only_consistency_is_left() -> None:
+    settings = TrainingSettings(image_losses=("l1", "consistency"))
+    paired = sr_configuration(source="paired", training=settings)
+    loss = build_loss(TWO_CLASSES, paired.architecture, configuration=paired)
+    assert isinstance(loss, SuperResolutionLoss) and loss.terms == ("consistency",)
+    with pytest.raises(PlanError, match="Nothing says what the super-resolved image should be.*consistency"):
+        build_loss(TWO_CLASSES, paired.architecture, configuration=sr_configuration(source="paired"))
+    unknown = sr_configuration(training=TrainingSettings(image_losses=("l2",)))
+    with pytest.raises(PlanError, match="Image loss 'l2' is not known; choose one of"):
+        build_loss(TWO_CLASSES, unknown.architecture, configuration=unknown)
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.floats(1.2, 4), names=st.sets(st.sampled_from(plan.IMAGE_LOSSES), min_size=1))
+def test_every_choice_of_terms_has_a_gradient_at_any_scale(scale: float, names: set[str]) -> None:
+    fine = math.ceil(5 * scale - 1e-6)
+    grid = OutputGrid((fine, 4, 4), (scale, 1.0, 1.0), (-(fine - 5 * scale) / 2, 0.0, 0.0))
+    loss = SuperResolutionLoss(
+        build_loss(TWO_CLASSES),
+        classes=0,
+        image_channels=1,
+        terms=sorted(names),
+        scale=(4.0, 1.0, 1.0),
+        acquisition=Acquisition(),
+        filters=lambda: torch.ones(2, 1, 3, 3, 3),
+    )
+    random = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 1, 1, fine, 4, 4))).float()
+    predicted = random[0].requires_grad_()
+    value = loss([predicted], torch.zeros(1, 1, fine, 4, 4), random[1], random[2][:, :, :5], grid)
+    value.backward()
+    assert torch.isfinite(value) and predicted.grad is not None and predicted.grad.isfinite().all()
+    assert predicted.grad.any()

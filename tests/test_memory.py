@@ -2,12 +2,19 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import sr_configuration, stack_configuration
 
-from autoseg.experiment_planning.memory import StepMeter
+from autoseg.experiment_planning.memory import PRECISIONS, StepMeter, training_memory
+from autoseg.experiment_planning.timing import probe_speed
+from autoseg.plan import TrainingSettings
+from autoseg.training.batches import blank_batch
+from autoseg.training.settings import RECIPES
+from autoseg.training.step import build_training, training_step
 
 spec = importlib.util.spec_from_file_location(
     "memory_benchmark", Path(__file__).parents[1] / "benchmarks" / "memory.py"
@@ -80,3 +87,69 @@ def test_the_persistent_part_is_weights_gradients_two_moments_and_the_average():
 def test_a_huge_step_is_measured_without_being_allocated():
     step = benchmark.Step("3D", (32, 64, 128, 256, 320, 320), (256, 256, 256), 2)
     assert meter_of(step).measure(2, step.patch).peak_bytes > 30 * 10**9
+
+
+def widened(configuration, patch, batch):
+    """The tiny configuration with features enough that activations, not weights, fill the memory."""
+    network = replace(configuration.architecture, features=(8, 16, 16))
+    return replace(configuration, architecture=network, patch_size=patch, batch_size=batch)
+
+
+ALL_TERMS = TrainingSettings(image_losses=("l1", "high_frequency", "perceptual", "consistency"))
+CONFIGURATIONS = {
+    "2.5d_stack": widened(stack_configuration(slices=5), (1, 64, 64), 4),
+    "2.5d_reduce": widened(stack_configuration(context="reduce"), (1, 64, 64), 4),
+    "3d_sr": widened(sr_configuration(scale=(4.0, 1.0, 1.0)), (6, 32, 32), 2),
+    "3d_sr, all terms": widened(sr_configuration(scale=(4.0, 1.0, 1.0), training=ALL_TERMS), (6, 32, 32), 2),
+    "3d_sr_any": widened(sr_configuration(scale=(2.0, 1.0, 1.0), sr_range=(1.5, 3.5)), (6, 32, 32), 2),
+    "2.5d_stack_sr": widened(sr_configuration(patch_size=(1, 12, 12), slices=3), (1, 64, 64), 4),
+    "image only": widened(sr_configuration(segments=False), (6, 32, 32), 2),
+    "paired": widened(sr_configuration(source="paired", image=False), (6, 32, 32), 2),
+}
+
+
+def recorded_peak(configuration):
+    """What the profiler records of two steps on batches of the loop's shapes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        settings = configuration.architecture, benchmark.CLASSES, RECIPES["adamw"]
+        state = build_training(*settings, configuration=configuration)
+        size = configuration.batch_size, configuration.patch_size
+        batch = blank_batch(configuration.architecture, *size, configuration=configuration)
+        batch.image.normal_()
+        for _ in range(2):
+            precision = PRECISIONS["bf16"]
+            training_step(state, batch.image, batch.label, precision=precision, truth=batch.truth, grid=batch.grid)
+    now = highest = 0
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_topologies_and_super_resolution_are_estimated_as_well(name):
+    configuration = CONFIGURATIONS[name]
+    estimate = training_memory(configuration, benchmark.CLASSES).peak_bytes
+    assert estimate == pytest.approx(recorded_peak(configuration), rel=TOLERANCE)
+
+
+def test_a_finer_answer_takes_more_memory_and_without_a_configuration_the_heads_scale_counts():
+    any_scale, fixed = CONFIGURATIONS["3d_sr_any"], widened(sr_configuration(), (6, 32, 32), 2)
+    finer, coarser = (training_memory(c, benchmark.CLASSES).peak_bytes for c in (any_scale, fixed))
+    assert finer > 1.1 * coarser
+    bare = StepMeter(any_scale.architecture, benchmark.CLASSES, recipe="adamw").measure(2, (6, 32, 32))
+    assert bare.peak_bytes == pytest.approx(finer, rel=0.02)
+
+
+def test_a_super_resolving_network_is_timed_on_its_own_grids():
+    configuration = CONFIGURATIONS["3d_sr"]
+    speed = probe_speed(
+        configuration.architecture,
+        benchmark.CLASSES,
+        recipe="adamw",
+        patch_size=(4, 16, 16),
+        device=torch.device("cpu"),
+        configuration=configuration,
+    )
+    assert speed.seconds > 0 and speed.voxels % (4 * 16 * 16) == 0

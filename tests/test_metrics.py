@@ -172,3 +172,113 @@ def _faces(plane: bool) -> np.ndarray:
     if plane:
         neighbours[[0, 2]] = False
     return neighbours
+
+
+def noisy(image: np.ndarray, sigma: float, seed: int = 0) -> np.ndarray:
+    return image + np.random.default_rng(seed).normal(0, sigma, image.shape)
+
+
+def waves(shape: tuple[int, int, int] = (16, 20, 24)) -> np.ndarray:
+    z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    return 50 + 20 * np.sin(z / 2) * np.cos(y / 3) + 10 * np.sin(x / 2)
+
+
+def test_the_psnr_of_a_known_error_is_known():
+    reference = waves()
+    assert metrics.psnr(reference, reference + 2, peak=100) == pytest.approx(20 * math.log10(50))
+    assert metrics.psnr(reference, noisy(reference, 5), peak=100) == pytest.approx(20 * math.log10(20), abs=0.1)
+    assert metrics.psnr(reference, reference, peak=100) == math.inf
+    assert metrics.psnr(reference.astype(np.int16), reference.astype(np.int16) + 2, peak=100) > 33  # whole numbers too
+
+
+def test_the_peak_is_the_references_and_ignores_a_few_bright_voxels():
+    reference = np.linspace(0, 100, 8000).reshape(20, 20, 20)
+    assert metrics.intensity_peak(reference) == pytest.approx(99)
+    reference[0, 0, :10] = 1e6
+    assert metrics.intensity_peak(reference) == pytest.approx(99, rel=0.01)
+    expected = 20 * math.log10(metrics.intensity_peak(reference) / 3)
+    assert metrics.psnr(reference, reference + 3) == pytest.approx(expected)
+
+
+def test_only_the_region_counts_whether_box_or_mask():
+    reference = waves()
+    image = reference.copy()
+    image[8:] += 5
+    near, far = (slice(0, 8), slice(None), slice(None)), (slice(8, 16), slice(None), slice(None))
+    mask = np.zeros(reference.shape, bool)
+    mask[far] = True
+    assert metrics.psnr(reference, image, region=near) == math.inf
+    assert metrics.psnr(reference, image, peak=10, region=far) == pytest.approx(20 * math.log10(2))
+    for score in (metrics.psnr, metrics.ssim):
+        assert score(reference, image, region=far) == pytest.approx(score(reference, image, region=mask))
+        assert score(reference, image, region=near) > score(reference, image) > score(reference, image, region=far)
+    assert math.isnan(metrics.psnr(reference, image, region=np.zeros_like(mask)))
+    assert math.isnan(metrics.ssim(reference, image, region=np.zeros_like(mask)))
+
+
+def test_the_ssim_of_constant_images_is_their_luminance_term():
+    first, second, peak = np.full((12, 12, 12), 30.0), np.full((12, 12, 12), 50.0), 100.0
+    # the darkest voxel of the reference counts as zero, so 30 against 50 is 0 against 20
+    expected = (0.01 * peak) ** 2 / (20**2 + (0.01 * peak) ** 2)
+    assert metrics.ssim(first, second, peak=peak) == pytest.approx(expected)
+
+
+def test_the_ssim_of_an_image_and_its_negative_is_the_structure_term():
+    rng = np.random.default_rng(1)
+    texture = rng.normal(0, 1, (24, 24, 24))
+    assert metrics.ssim(texture, texture) == pytest.approx(1)
+    assert metrics.ssim(texture, -texture) < -0.8  # equal means and variances, covariance of the opposite sign
+
+
+def test_the_ssim_agrees_with_its_formula_voxel_by_voxel():
+    rng = np.random.default_rng(2)
+    first, second = rng.uniform(0, 100, (11, 11, 11)), rng.uniform(0, 100, (11, 11, 11))
+    line = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    line /= line.sum()
+    window = line[:, None, None] * line[:, None] * line  # around the middle voxel it is the whole image
+    peak, darkest = metrics.intensity_peak(first), np.percentile(first, 0.5)
+    a, b = first - darkest, second - darkest
+    means = [(window * image).sum() for image in (a, b)]
+    variances = [(window * (image - mean) ** 2).sum() for image, mean in zip((a, b), means, strict=True)]
+    covariance = (window * (a - means[0]) * (b - means[1])).sum()
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    expected = (2 * means[0] * means[1] + c1) * (2 * covariance + c2)
+    expected /= (means[0] ** 2 + means[1] ** 2 + c1) * (sum(variances) + c2)
+    middle = (slice(5, 6),) * 3
+    assert metrics.ssim(first, second, region=middle) == pytest.approx(expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    factor=st.floats(0.01, 100),
+    shift=st.floats(-1000, 1000),
+    shape=st.tuples(*[st.integers(2, 12)] * 3),
+    noise=st.floats(0.1, 30),
+)
+def test_the_unit_of_the_intensities_changes_no_image_score(factor, shift, shape, noise):
+    reference = waves(shape)
+    image = noisy(reference, noise)
+    expected = metrics.score_images(reference, image)
+    scores = metrics.score_images(reference * factor + shift, image * factor + shift)
+    assert list(scores) == list(metrics.IMAGE_METRICS)
+    assert scores["psnr"] == pytest.approx(expected["psnr"], rel=1e-4, abs=1e-4)
+    assert scores["ssim"] == pytest.approx(expected["ssim"], rel=1e-4, abs=1e-4)
+    assert -1 <= scores["ssim"] <= 1
+
+
+def test_more_noise_scores_lower_and_a_plane_is_scored_in_two_dimensions():
+    reference = waves()
+    for score in (metrics.psnr, metrics.ssim):
+        scores = [score(reference, noisy(reference, sigma)) for sigma in (1, 3, 10, 30)]
+        assert scores == sorted(scores, reverse=True)
+    plane, worse = reference[:1], noisy(reference, 5)[:1]
+    repeated = metrics.ssim(np.repeat(plane, 30, 0), np.repeat(worse, 30, 0))
+    assert metrics.ssim(plane, worse) == pytest.approx(repeated)
+
+
+def test_images_that_cannot_be_compared_are_refused_and_constant_ones_have_no_score():
+    with pytest.raises(ValueError, match=r"\(2, 2, 2\) and \(2, 2, 3\)"):
+        metrics.psnr(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
+    with pytest.raises(ValueError, match="Two images"):
+        metrics.ssim(np.zeros((2, 2)), np.zeros((2, 2)))
+    assert all(math.isnan(score) for score in metrics.score_images(np.ones((4, 4, 4)), waves((4, 4, 4))).values())

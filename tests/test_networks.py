@@ -12,6 +12,7 @@ from tiny_training import architecture
 
 from autoseg.errors import PlanError
 from autoseg.networks import build_network
+from autoseg.networks.context import build_context
 from autoseg.plan import Architecture
 
 
@@ -92,9 +93,54 @@ def test_a_2d_network_sees_each_slice_alone() -> None:
     assert not any(isinstance(module, torch.nn.Conv3d) for module in network.modules())
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    network = build_network(architecture())
-    sum(scale.square().mean() for scale in network(torch.randn(1, 1, 8, 8, 8))).backward()
+@pytest.mark.parametrize("context", ["stack", "reduce"])
+@pytest.mark.parametrize("slices", [3, 5])
+def test_a_slice_is_answered_from_its_window_alone(context: str, slices: int) -> None:
+    described = replace(architecture(inputs=2, flat=True), context=context, context_slices=slices)
+    network = build_network(described).eval()
+    halo = described.halo
+    assert halo == slices // 2
+    volume = torch.randn(2, 2, 4 + 2 * halo, 8, 8)
+    with torch.inference_mode():
+        (together,) = network(volume)
+        alone = [network(volume[:, :, z : z + slices])[0] for z in range(4)]
+        far = volume.clone()
+        far[:, :, 0] += 1
+        (changed,) = network(far)
+    assert together.shape == (2, 3, 4, 8, 8)
+    torch.testing.assert_close(together, torch.cat(alone, dim=2), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[:, :, 0], changed[:, :, 0])  # its first slice is in the window of the first
+    torch.testing.assert_close(together[:, :, 1:], changed[:, :, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_holds_the_slices_of_a_channel_next_to_each_other() -> None:
+    stack = build_context(replace(architecture(inputs=2, flat=True), context="stack", context_slices=3))
+    volume = torch.arange(2.0 * 5).reshape(1, 2, 5, 1, 1)
+    assert stack.outputs == 6
+    assert stack(volume)[0, :, 0].flatten().tolist() == [0, 1, 2, 5, 6, 7]
+    assert stack(volume)[0, :, 2].flatten().tolist() == [2, 3, 4, 7, 8, 9]
+
+
+def test_reduction_mixes_slices_without_padding_them() -> None:
+    described = replace(architecture(flat=True), context="reduce", context_slices=5)
+    kernels = [tuple(m.kernel_size) for m in build_context(described).modules() if isinstance(m, torch.nn.Conv3d)]
+    padding = [tuple(m.padding) for m in build_context(described).modules() if isinstance(m, torch.nn.Conv3d)]
+    assert kernels == [(3, 3, 3)] * 2 and padding == [(0, 1, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        architecture(),
+        replace(architecture(flat=True), context="stack", context_slices=3),
+        replace(architecture(flat=True), context="reduce", context_slices=3),
+    ],
+    ids=["none", "stack", "reduce"],
+)
+def test_every_parameter_gets_a_gradient(described: Architecture) -> None:
+    network = build_network(described)
+    image = torch.randn(1, 1, 8 + 2 * described.halo, 8, 8)
+    sum(scale.square().mean() for scale in network(image)).backward()
     lacking = [name for name, p in network.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     assert not lacking
 
@@ -112,3 +158,8 @@ def test_an_unknown_block_is_refused_with_the_known_ones() -> None:
         PlanError, match="'residul' is not known; choose one of plain, residual. Did you mean 'residual'"
     ):
         build_network(replace(architecture(), block="residul"))
+
+
+def test_an_unknown_context_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(PlanError, match="'stak' is not known; choose one of none, reduce, stack. Did you mean 'stack'"):
+        build_network(replace(architecture(), context="stak"))

@@ -1,13 +1,26 @@
 """plan.json: what is written is read back, and what a hand broke is refused in a sentence that names it."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from small_models import small_plan
 
 from autoseg.errors import PlanError
-from autoseg.plan import BLOCKS, RECIPES, SCHEMES, Decision, Forecast, Plan, to_json
+from autoseg.plan import (
+    BLOCKS,
+    CONTEXTS,
+    HEADS,
+    PROFILES,
+    RECIPES,
+    SCHEMES,
+    Acquisition,
+    Decision,
+    Forecast,
+    Plan,
+    to_json,
+)
 
 
 @pytest.fixture
@@ -95,8 +108,16 @@ EDITS = [
     (("preprocessing", "normalization"), [{"scheme": "n4+zscor"}], "scheme 'n4\\+zscor'"),
     (("preprocessing", "normalization"), [{"scheme": "ct", "std": -1.0}], "std"),
     (("preprocessing", "normalization"), [{"scheme": "ct", "lower": 2.0, "upper": 1.0}], "lower"),
-    (("sr_scale",), [2.0, 1.0, 1.0], "reserved"),
-    (("context_slices",), 3, "reserved"),
+    (("sr_scale",), [2.0, 1.0, 1.0], r"sr_scale .* must not exceed head_scale \[1.0, 1.0, 1.0\]"),
+    (("sr_source",), "degraded", "'degraded' does not go with head 'plain'"),
+    (("sr_source",), "degrade", "sr_source 'degrade' .* 'degraded'"),
+    (("architecture", "head"), "subpixel", "'none' does not go with head 'subpixel'"),
+    (("architecture", "image_channels"), 1, "image_channels, .* need a sr_source"),
+    (("architecture", "context_slices"), 3, "context_slices of a 3d configuration must be 1, got 3"),
+    (("architecture", "context"), "stack", "a 3d configuration needs context 'none', got 'stack'"),
+    (("topology",), "2.5d_stack", "2.5d_stack configuration needs patch_size and kernels of 1 along z"),
+    (("view_axis",), 1, "view_axis must be 0, 1 or 2, and 0 for 3d, got 1"),
+    (("preprocessing", "label_scale"), [2.0, 1.0, 1.0], r"label_scale .* must be \[1.0, 1.0, 1.0\] .* 'none'"),
     (("name",), "../3d_fullres", "folder"),
 ]
 
@@ -109,6 +130,108 @@ def test_a_hand_edited_value_that_cannot_be_is_refused_by_name(content, keys, va
     inner[keys[-1]] = value
     with pytest.raises(PlanError, match=sentence):
         Plan.from_json(content, where="plan.json")
+
+
+@pytest.fixture
+def fine_content() -> dict[str, Any]:
+    """The JSON of a sound plan with one super-resolving configuration."""
+    plan = small_plan()
+    plain = plan.configuration("3d_fullres")
+    configuration = replace(
+        plain,
+        name="3d_sr_any",
+        architecture=replace(plain.architecture, head="subpixel", head_scale=(4.0, 1.0, 1.0), image_channels=1),
+        sr_scale=(3.0, 1.0, 1.0),
+        sr_range=(1.5, 4.0),
+        sr_source="degraded",
+        acquisition=Acquisition("gauss", (0.5, 1.1)),
+    )
+    return json.loads(json.dumps(to_json(replace(plan, configurations=(configuration,)))))
+
+
+FLAT: dict[str, Any] = {"topology": "2d", "patch_size": [1, 16, 16], "architecture.kernels": [[1, 3, 3]] * 2}
+PAIRED: dict[str, Any] = {"sr_source": "paired", "preprocessing.label_scale": [3.0, 1.0, 1.0], "acquisition": None}
+# edits of a super-resolving configuration, and what the sentence must name; None: it is sound
+FINE_EDITS: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    ({"architecture.output_channels": 0}, None),
+    ({"architecture.output_channels": 2}, "output_channels must be 3"),
+    ({"architecture.head": "filter"}, "head 'filter' .* 'filters'"),
+    ({"architecture.head_scale": [9.0, 1.0, 1.0]}, "scales must be from 1 to 8, got .*9.0"),
+    ({"sr_scale": [0.5, 1.0, 1.0]}, r"scales must be from 1 to 8, got \[0.5"),
+    ({"sr_scale": [1.0, 1.0, 1.0]}, "'degraded' needs a sr_scale above 1"),
+    ({"sr_range": [1.5, 9.0]}, r"range \[1.5, 9.0\]"),
+    ({"sr_range": [3.0, 2.0]}, "sr_range must rise"),
+    ({"sr_range": [1.5, 5.0]}, "sr_range must .* end within head_scale 4"),
+    ({"architecture.image_channels": 2}, "image_channels must be 0 or the image's 1, got 2"),
+    ({"acquisition": None}, "'degraded' needs an acquisition"),
+    ({"acquisition.profile": "gaus"}, "profile 'gaus' .* 'gauss'"),
+    ({"acquisition.thickness": [0.0, 1.0]}, "thickness must rise from above 0"),
+    ({"acquisition.thickness": [1.0, 0.5]}, "thickness must rise"),
+    ({"acquisition.gap": 1.0}, "gap must be from 0 to below 1"),
+    ({"acquisition.noise": -0.1}, "noise not negative"),
+    ({"training.image_losses": ["l1", "l2"]}, "image loss 'l2'"),
+    (PAIRED, None),
+    ({**PAIRED, "preprocessing.label_scale": [2.0, 1.0, 1.0]}, r"must be \[3.0, 1.0, 1.0\] for sr_source 'paired'"),
+    ({**PAIRED, "training.image_losses": ["consistency"]}, "'consistency' needs an acquisition"),
+    ({"preprocessing.label_scale": [3.0, 1.0, 1.0]}, r"must be \[1.0, 1.0, 1.0\] for sr_source 'degraded'"),
+    ({"preprocessing.label_scale": [0.5, 1.0, 1.0]}, "label_scale must be from 1 to 8"),
+    ({"sr_source": "self"}, "'self' needs slices .* got a 3d configuration"),
+    (
+        {**FLAT, "architecture.strides": [[1, 1, 1], [1, 2, 2]], "sr_source": "self"},
+        r"a sr_scale above 1 along axis 1 alone, got .*\[3.0, 1.0, 1.0\]",
+    ),
+    (
+        {
+            **FLAT,
+            "architecture.strides": [[1, 1, 1], [1, 2, 2]],
+            "architecture.head_scale": [1.0, 3.0, 1.0],
+            "sr_scale": [1.0, 3.0, 1.0],
+            "sr_range": None,
+            "sr_source": "self",
+        },
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("edits", "sentence"), FINE_EDITS, ids=lambda entry: str(entry)[:60])
+def test_a_super_resolving_configuration_is_taken_or_refused_by_name(fine_content, edits, sentence):
+    for path, value in edits.items():
+        *keys, last = path.split(".")
+        inner = fine_content["configurations"][0]
+        for key in keys:
+            inner = inner[key]
+        inner[last] = value
+    if sentence is None:
+        assert Plan.from_json(fine_content, where="plan.json").configurations[0].super_resolves
+        return
+    with pytest.raises(PlanError, match=sentence):
+        Plan.from_json(fine_content, where="plan.json")
+
+
+def test_the_input_grid_of_a_degraded_source_is_coarser_than_its_store(fine_content):
+    (configuration,) = Plan.from_json(fine_content, where="plan.json").configurations
+    assert configuration.preprocessing.spacing == (1.5, 1.0, 1.0)
+    assert configuration.input_preprocessing.spacing == (4.5, 1.0, 1.0)
+    assert replace(configuration, sr_source="paired").input_preprocessing == configuration.preprocessing
+
+
+@pytest.mark.parametrize(
+    ("view", "source", "training", "prediction"),
+    [
+        (0, "none", [(0, 1, 2)], [(0, 1, 2)]),
+        (1, "none", [(1, 0, 2)], [(1, 0, 2)]),
+        (2, "degraded", [(2, 0, 1)], [(2, 0, 1)]),
+        (0, "self", [(0, 1, 2), (0, 2, 1)], [(1, 0, 2), (2, 0, 1)]),
+    ],
+)
+def test_a_patch_has_its_view_first_and_self_supervision_turns_the_thick_axis_second(
+    view, source, training, prediction
+):
+    configuration = replace(small_plan(flat=True).configurations[0], view_axis=view, sr_source=source)
+    assert configuration.frames(training=True) == tuple(training)
+    assert configuration.frames(training=False) == tuple(prediction)
 
 
 def test_a_cascade_on_a_stage_that_is_not_planned_is_refused(content):
@@ -130,11 +253,15 @@ def test_a_cascade_on_a_cascade_two_configurations_of_one_name_and_none_at_all_a
 
 
 def test_the_names_that_a_plan_may_hold_are_those_that_the_stages_know():
-    from autoseg.networks import blocks
+    from autoseg import acquisition
+    from autoseg.networks import blocks, context, upsampling
     from autoseg.preprocessing import normalize
     from autoseg.training import settings
 
     assert sorted(BLOCKS) == sorted(blocks.BLOCKS)
+    assert sorted(CONTEXTS) == sorted(context.CONTEXTS)
+    assert sorted(HEADS) == sorted(["plain", *upsampling.HEADS])
+    assert sorted(PROFILES) == sorted(acquisition.PROFILES)
     assert sorted(RECIPES) == sorted(settings.RECIPES)
     assert sorted(SCHEMES) == sorted(normalize.NORMALIZERS)
 

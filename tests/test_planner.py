@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import memory_by_formula
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +15,10 @@ from autoseg.experiment_planning.fingerprint import IntensityStatistics, Mirrore
 from autoseg.experiment_planning.grid import target_spacing
 from autoseg.experiment_planning.machine import CPU_FOLD_SECONDS, GPU_FOLD_STEPS, MEMORY_SHARE
 from autoseg.experiment_planning.notes import Notes
-from autoseg.experiment_planning.planner import TARGET_STEPS, plan_experiment
+from autoseg.experiment_planning.planner import TARGET_STEPS, Planner, plan_experiment
 from autoseg.experiment_planning.timing import Speed, probe_speed
 from autoseg.labels import Labels
-from autoseg.plan import Architecture, Budget, Plan, TrainingSettings
+from autoseg.plan import Architecture, Budget, Plan, TrainingSettings, check_plan
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,6 +50,16 @@ def plan_by_memory(fingerprint, gigabytes=8.0, **options):
     return plan_experiment(fingerprint, Budget(int(gigabytes * GB), 0.0, "auto"), probe=False, **options)
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """Memory by a formula and not by a step on fake tensors, which takes a second: for rules that do not hang on it."""
+    monkeypatch.setattr(Planner, "measure", memory_by_formula)
+
+
+def named(plan: Plan, *names: str):
+    return [plan.configuration(name) for name in names]
+
+
 def reason(plan: Plan, name: str) -> str:
     (found,) = [d.because for d in plan.decisions if d.name == name]
     return found
@@ -62,7 +73,7 @@ def reason(plan: Plan, name: str) -> str:
         (
             dataset((9, 256, 216), (10.0, 1.56, 1.56), cases=200),
             24,
-            {"2d": ((1, 256, 224), 87), "3d_fullres": ((10, 256, 224), 9)},
+            {"2d": ((1, 256, 224), 87), "3d_fullres": ((10, 256, 224), 9), "2.5d_stack": ((1, 256, 224), 87)},
         ),
         (dataset((1, 584, 565), (999.0, 1.0, 1.0), cases=20, channels=("R", "G", "B")), 8, {"2d": ((1, 640, 640), 2)}),
         (dataset((138, 170, 138), cases=484, channels=("T1",)), 24, {"3d_fullres": ((160, 192, 160), 3)}),
@@ -71,7 +82,7 @@ def reason(plan: Plan, name: str) -> str:
 )
 def test_well_known_datasets_get_what_nnunet_plans(fingerprint, gigabytes, expected):
     plan = plan_by_memory(fingerprint, gigabytes)
-    assert {c.name: (c.patch_size, c.batch_size) for c in plan.configurations} == expected
+    assert {c.name: (c.patch_size, c.batch_size) for c in plan.configurations if c.name in expected} == expected
 
 
 def test_the_batch_grows_until_the_memory_is_used():
@@ -82,11 +93,12 @@ def test_the_batch_grows_until_the_memory_is_used():
     assert forecast.memory_bytes <= MEMORY_SHARE * 2 * GB < one_more
 
 
+@pytest.mark.slow
 def test_a_big_ct_gets_a_low_resolution_and_a_cascade_on_it():
     fingerprint = dataset((200, 300, 300), (1.0, 0.8, 0.8), cases=100, channels=("CT",))
     plan = plan_by_memory(fingerprint, 2)
-    assert [c.name for c in plan.configurations] == ["3d_fullres", "3d_lowres", "3d_cascade"]
-    full, low, cascade = plan.configurations
+    assert [c.name for c in plan.configurations][:3] == ["3d_fullres", "3d_lowres", "3d_cascade"]
+    full, low, cascade = plan.configurations[:3]
     assert math.prod(full.patch_size) < 0.25 * math.prod(full.median_shape)
     assert math.prod(low.patch_size) >= 0.25 * math.prod(low.median_shape)
     assert math.prod(full.median_shape) >= 2 * math.prod(low.median_shape)
@@ -148,16 +160,17 @@ def test_a_batch_holds_at_most_a_twentieth_of_the_dataset():
     [
         ((40, 40, 40), (1.0, 1.0, 1.0), ["3d_fullres"]),
         ((20, 60, 60), (2.9, 1.0, 1.0), ["3d_fullres"]),
-        ((20, 60, 60), (3.1, 1.0, 1.0), ["2d", "3d_fullres"]),
-        ((60, 20, 60), (1.0, 5.0, 1.0), ["2d", "3d_fullres"]),
+        ((20, 60, 60), (3.1, 1.0, 1.0), ["2d", "2.5d_stack", "2.5d_reduce", "3d_fullres"]),
+        ((60, 20, 60), (1.0, 5.0, 1.0), ["2d", "2.5d_stack", "2.5d_reduce", "3d_fullres"]),
+        ((2, 60, 60), (5.0, 1.0, 1.0), ["2d", "3d_fullres"]),
         ((1, 60, 60), (1.0, 1.0, 1.0), ["2d"]),
     ],
 )
-def test_2d_is_planned_for_planes_and_thick_slices(shape, spacing, names):
+def test_2d_and_stacks_are_planned_for_planes_and_thick_slices(shape, spacing, names, counted):
     assert [c.name for c in plan_by_memory(dataset(shape, spacing), 1).configurations] == names
 
 
-def test_configurations_are_planned_on_request():
+def test_configurations_are_planned_on_request(counted):
     plan = plan_by_memory(dataset(), 1, configurations=["2d", "3d_fullres"])
     assert [c.name for c in plan.configurations] == ["2d", "3d_fullres"]
     plan = plan_by_memory(dataset((64, 64, 64)), 1, configurations=["3d_cascade"])
@@ -175,11 +188,99 @@ def test_an_unknown_or_unsuitable_configuration_is_refused():
         plan_by_memory(dataset(), configurations=[])
 
 
+# --- 2.5D
+
+
+@pytest.mark.parametrize(("slices", "seen"), [(3, 3), (7, 3), (19, 3), (20, 5), (40, 5)], ids=lambda value: str(value))
+def test_a_stack_sees_five_slices_where_the_median_volume_has_twenty(slices, seen, counted):
+    plan = plan_by_memory(dataset((slices, 60, 60), (6.0, 1.0, 1.0)), 1)
+    for c in named(plan, "2.5d_stack", "2.5d_reduce"):
+        assert c.architecture.context_slices == seen
+        assert c.architecture.halo == seen // 2
+        assert c.patch_size[0] == 1
+    assert "slices" in reason(plan, "2.5d_stack.context_slices")
+
+
+def test_2d_and_stacks_share_a_store_and_differ_in_one_value(counted):
+    two, stack, reduce = named(
+        plan_by_memory(dataset((12, 60, 60), (8.0, 1.0, 1.0)), 1), "2d", "2.5d_stack", "2.5d_reduce"
+    )
+    assert two.preprocessing == stack.preprocessing == reduce.preprocessing
+    assert [c.topology for c in (two, stack, reduce)] == ["2d", "2.5d_stack", "2.5d_reduce"]
+    assert [c.architecture.context for c in (two, stack, reduce)] == ["none", "stack", "reduce"]
+    assert two.architecture.input_channels == stack.architecture.input_channels == 1
+    assert two.training.mirror_axes == stack.training.mirror_axes == (1, 2)
+
+
+def test_one_slice_and_volumes_thinner_than_a_stack_are_refused_by_name(counted):
+    for depth, said in ((2, "2 slices"), (1, "1 slice")):
+        thin = dataset((12, 60, 60), (5.0, 1.0, 1.0), cases=5)
+        cases = (*thin.cases[:3], replace(thin.cases[3], shape=(depth, 60, 60)), thin.cases[4])
+        with pytest.raises(PlanError, match=f"case_0003 of Dataset001_Any has {said}.*stack of 3"):
+            plan_by_memory(replace(thin, cases=cases), 1, configurations=["2.5d_stack"])
+        assert "2.5d_stack" not in [c.name for c in plan_by_memory(replace(thin, cases=cases), 1).configurations]
+    with pytest.raises(PlanError, match="2.5d_reduce needs volumes"):
+        plan_by_memory(dataset((1, 60, 60)), 1, configurations=["2.5d_reduce"])
+
+
+@pytest.mark.parametrize(
+    ("spacing", "axis_order", "views"),
+    [
+        ((1.0, 1.0, 1.0), (0, 1, 2), (0, 1, 2)),
+        ((1.0, 1.2, 1.0), (1, 0, 2), (1, 0, 2)),
+        ((1.0, 1.0, 1.3), (2, 0, 1), (1, 2, 0)),
+    ],
+)
+def test_views_are_canonical_whatever_axis_comes_first(spacing, axis_order, views, counted):
+    names = ["2.5d_axial", "2.5d_coronal", "2.5d_sagittal"]
+    shape = (40, 56, 72)
+    plan = plan_by_memory(dataset(shape, spacing), 1, configurations=names)
+    planned = named(plan, *names)
+    assert tuple(c.view_axis for c in planned) == views
+    for canonical, c in enumerate(planned):
+        assert c.preprocessing.axis_order == axis_order
+        assert c.median_shape[0] == shape[canonical], "slices along the view come first"
+        assert sorted(c.median_shape) == sorted(shape)
+        assert c.patch_size[0] == 1
+    check_plan(plan, where="here")
+
+
+def test_a_left_right_pair_is_not_mirrored_in_any_view(counted):
+    pair = MirroredPair("left_kidney", "right_kidney", 2)
+    names = ["2.5d_axial", "2.5d_coronal", "2.5d_sagittal"]
+    plan = plan_by_memory(replace(dataset((40, 40, 40)), mirrored_pairs=(pair,)), 1, configurations=names)
+    # canonical x is the last axis of axial and coronal slices, and the one along which sagittal ones lie
+    assert [c.training.mirror_axes for c in named(plan, *names)] == [(1,), (1,), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "planned"),
+    [
+        ((200, 200, 200), (1.0, 1.0, 1.0), True),
+        ((200, 200, 200), (1.6, 1.0, 1.0), False),
+        ((60, 60, 60), (1.0, 1.0, 1.0), False),
+    ],
+)
+def test_three_views_are_planned_for_even_spacing_where_3d_sees_too_little(shape, spacing, planned, counted):
+    plan = plan_by_memory(dataset(shape, spacing, cases=50), 1)
+    names = [c.name for c in plan.configurations]
+    assert all((name in names) == planned for name in ("2.5d_axial", "2.5d_coronal", "2.5d_sagittal"))
+    assert "%" in reason(plan, "triplanar")
+
+
+def test_the_plan_says_what_to_train_first_and_what_is_there_on_request(counted):
+    plan = plan_by_memory(dataset((12, 60, 60), (8.0, 1.0, 1.0)), 1)
+    (first,) = [d for d in plan.decisions if d.name == "first_choice"]
+    assert first.value == "3d_fullres" and "Wang" in first.because
+    (rest,) = [d for d in plan.decisions if d.name == "configurations.on_request"]
+    assert "2.5d_axial" in rest.value and "3d_sr" in rest.value and "2d" not in rest.value
+
+
 # --- grid, normalisation, mirroring
 
 
-def test_the_coarsest_axis_comes_first_and_slices_keep_their_spacing_in_2d():
-    two, three = plan_by_memory(dataset((60, 20, 50), (1.0, 5.0, 0.8)), 1).configurations
+def test_the_coarsest_axis_comes_first_and_slices_keep_their_spacing_in_2d(counted):
+    two, three = named(plan_by_memory(dataset((60, 20, 50), (1.0, 5.0, 0.8)), 1), "2d", "3d_fullres")
     assert two.preprocessing.axis_order == three.preprocessing.axis_order == (1, 0, 2)
     assert two.preprocessing.spacing == (None, 1.0, 0.8)
     assert three.preprocessing.spacing == (5.0, 1.0, 0.8)
@@ -218,27 +319,27 @@ def test_the_target_spacing_is_the_median_and_finer_along_thick_slices():
         (("CT",), (20, 20, 20), {"cropped_share": 0.9}, ["ct"]),
     ],
 )
-def test_normalisation_follows_the_channels_name(channels, shape, change, schemes):
+def test_normalisation_follows_the_channels_name(channels, shape, change, schemes, counted):
     fingerprint = replace(dataset(shape, channels=channels), **change)
     normalization = plan_by_memory(fingerprint, 1).configurations[0].preprocessing.normalization
     assert [entry.scheme for entry in normalization] == schemes
 
 
-def test_mirroring_is_off_along_the_axis_of_a_left_right_pair():
+def test_mirroring_is_off_along_the_axis_of_a_left_right_pair(counted):
     pair = MirroredPair("left_kidney", "right_kidney", 2)
     fingerprint = replace(dataset((40, 40, 40)), mirrored_pairs=(pair,))
     plan = plan_by_memory(fingerprint, 1)
     assert plan.configurations[0].training.mirror_axes == (0, 1)
     assert "left_kidney" in reason(plan, "mirror_axes")
     sagittal = replace(dataset((40, 40, 12), (1.0, 1.0, 5.0)), mirrored_pairs=(pair,))  # x is the slice axis
-    two, three = plan_by_memory(sagittal, 1).configurations
+    two, three = named(plan_by_memory(sagittal, 1), "2d", "3d_fullres")
     assert two.preprocessing.axis_order == (2, 0, 1)
     assert two.training.mirror_axes == (1, 2)
     assert three.training.mirror_axes == (1, 2)
 
 
-def test_thick_slices_are_not_turned_through_the_plane():
-    two, three = plan_by_memory(dataset((20, 60, 60), (5.0, 1.0, 1.0)), 1).configurations
+def test_thick_slices_are_not_turned_through_the_plane(counted):
+    two, three = named(plan_by_memory(dataset((20, 60, 60), (5.0, 1.0, 1.0)), 1), "2d", "3d_fullres")
     assert three.training.low_resolution_axes == two.training.low_resolution_axes == (1, 2)
     assert not three.training.rotate_out_of_plane
     (even,) = plan_by_memory(dataset(), 1).configurations

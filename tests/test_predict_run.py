@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import threshold_model
+from small_models import fine_threshold_model, threshold_model
 
 from autoseg.errors import PredictionError, StorageError
 from autoseg.image import Grid, Image, read_image, write_image
 from autoseg.inference import run
-from autoseg.inference.run import PredictOptions, predict_files, probability_files
+from autoseg.inference.run import PredictOptions, image_file, predict_files, probability_files
 
 
 def write_scan(path: Path, seed: int = 0) -> Image:
@@ -214,3 +214,73 @@ def test_a_dicom_series_is_predicted_to_nifti(shared_data, tmp_path):
         model, tmp_path / "patients", tmp_path / "out", options=PredictOptions(mirroring=False, step_size=1.0)
     )
     assert outcome.done == ("first", "second")
+
+
+def write_thick_scan(path: Path) -> Image:
+    array = np.random.default_rng(0).uniform(50, 150, (1, 5, 12, 10)).astype(np.float32)
+    image = Image(array, Grid((5, 12, 10), (4.0, 1.0, 1.0), (1.0, 2.0, 3.0)))
+    write_image(image, path)
+    return image
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_super_resolved_image_is_written_beside_the_labels_and_on_their_grid(tmp_path, workers):
+    write_thick_scan(tmp_path / "in" / "a_0000.nii.gz")
+    model = fine_threshold_model()
+    options = PredictOptions(image=True, skip_existing=True, workers=workers)
+    assert predict_files(model, tmp_path / "in", tmp_path / "out", options=options).done == ("a",)
+    labels, image = read_image(tmp_path / "out" / "a.nii.gz"), read_image(tmp_path / "out" / "a_image.nii.gz")
+    assert labels.shape == image.shape == (20, 12, 10) and labels.grid == image.grid
+    expected = model.predict_image(tmp_path / "in" / "a_0000.nii.gz")
+    assert image.array.dtype == np.float32 and np.array_equal(image.array, expected.array)
+    assert predict_files(model, tmp_path / "in", tmp_path / "out", options=options).skipped == ("a",)
+    image_file(tmp_path / "out" / "a.nii.gz").unlink()
+    assert predict_files(model, tmp_path / "in", tmp_path / "out", options=options).done == ("a",)
+    assert image_file(Path("out/picture.png")) == Path("out/picture_image.nii.gz")
+
+
+def test_labels_on_the_native_grid_beside_an_image_on_the_fine_one(tmp_path):
+    thick = write_thick_scan(tmp_path / "in" / "a.nii.gz")
+    options = PredictOptions(image=True, native=True, probabilities=True)
+    predict_files(fine_threshold_model(), tmp_path / "in", tmp_path / "out", options=options)
+    assert read_image(tmp_path / "out" / "a.nii.gz").shape == thick.shape
+    assert read_image(tmp_path / "out" / "a_probabilities" / "1_bright.nii.gz").shape == thick.shape
+    assert read_image(tmp_path / "out" / "a_image.nii.gz").shape == (20, 12, 10)
+
+
+def test_the_output_spacing_is_that_of_the_written_labels(tmp_path):
+    write_thick_scan(tmp_path / "in" / "a.nii.gz")
+    model = fine_threshold_model(sr_range=(1.5, 6.0))
+    predict_files(model, tmp_path / "in", tmp_path / "out", options=PredictOptions(output_spacing=(1.6, 1.0, 1.0)))
+    labels = read_image(tmp_path / "out" / "a.nii.gz")
+    assert labels.shape == (12, 12, 10) and np.allclose(labels.grid.spacing, (1.6, 1.0, 1.0))
+    outcome = predict_files(
+        model, tmp_path / "in", tmp_path / "other", options=PredictOptions(output_spacing=(5.0, 1.0, 1.0))
+    )
+    assert outcome.failed["a"].startswith("Case a: The output spacing is 5 mm along z, coarser")
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_model_without_labels_writes_its_image_as_the_output(tmp_path):
+    write_thick_scan(tmp_path / "in" / "a.nii.gz")
+    model = fine_threshold_model(labels=False)
+    predict_files(model, tmp_path / "in" / "a.nii.gz", tmp_path / "fine.nii.gz", options=PredictOptions(image=True))
+    assert read_image(tmp_path / "fine.nii.gz").array.dtype == np.float32
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["fine.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "sentence"),
+    [
+        (threshold_model, {"image": True}, "no image head"),
+        (threshold_model, {"output_spacing": (1.0, 1.0, 1.0)}, "no output spacing can be asked for"),
+        (fine_threshold_model, {"output_spacing": (1.0, 1.0, 1.0)}, "no output spacing can be asked for"),
+        (lambda: fine_threshold_model(labels=False), {"native": True}, "writes the super-resolved image alone"),
+        (threshold_model, {"native": True, "output_spacing": (1.0, 1.0, 1.0)}, "choose one of"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_anything_is_written(tmp_path, model, options, sentence):
+    write_thick_scan(tmp_path / "in" / "a.nii.gz")
+    with pytest.raises(PredictionError, match=sentence):
+        predict_files(model(), tmp_path / "in", tmp_path / "out", options=PredictOptions(**options))
+    assert not (tmp_path / "out").exists()

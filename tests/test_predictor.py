@@ -11,18 +11,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import REGIONS, TWO_CLASSES, save_fold, small_plan, threshold_model
+from small_models import (
+    REGIONS,
+    TWO_CLASSES,
+    fine_threshold_model,
+    save_fold,
+    small_plan,
+    super_resolving,
+    threshold_model,
+)
 
 import autoseg
+from autoseg.checkpoint import Checkpoint
 from autoseg.errors import CheckpointError, DatasetError, PredictionError
-from autoseg.geometry import turn_array, turn_grid
+from autoseg.geometry import outer_faces, turn_array, turn_grid
 from autoseg.image import Grid, Image, write_image
-from autoseg.inference.predictor import PredictionSettings, load_model, predict_network_grid
+from autoseg.inference.predictor import Model, PredictionSettings, load_model, predict_network_grid
+from autoseg.networks import build_network
+from autoseg.plan import Normalization
+from autoseg.workspace import CHECKPOINT
 
 
 def volume(seed: int = 0, channels: int = 1, shape: tuple[int, int, int] = (10, 18, 15)) -> Image:
     array = np.random.default_rng(seed).normal(size=(channels, *shape)).astype(np.float32) + 5
     return Image(array, Grid(shape, (2.0, 1.1, 0.9), (3.0, -4.0, 5.0)))
+
+
+def logits_of(model: Model, image: torch.Tensor) -> torch.Tensor:
+    answer = predict_network_grid(model, image)
+    assert answer.logits is not None and answer.image is None
+    return answer.logits
 
 
 def cube_image() -> Image:
@@ -66,13 +84,13 @@ def test_several_folds_average_their_probabilities(tmp_path):
     plan = small_plan()
     folders = [save_fold(plan, tmp_path, "3d_fullres", str(k), seed=k) for k in range(3)]
     image = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    single = [predict_network_grid(load_model(f, "cpu"), image).softmax(0) for f in folders]
+    single = [logits_of(load_model(f, "cpu"), image).softmax(0) for f in folders]
     ensemble = load_model(tmp_path / "3d_fullres", "cpu")
     assert ensemble.folds == ("0", "1", "2")
-    found = predict_network_grid(ensemble, image).softmax(0)
+    found = logits_of(ensemble, image).softmax(0)
     assert torch.allclose(found, torch.stack(single).mean(0), atol=1e-5)
     chosen = load_model(tmp_path / "3d_fullres", "cpu", folds=["2"])
-    assert torch.allclose(predict_network_grid(chosen, image).softmax(0), single[2])
+    assert torch.allclose(logits_of(chosen, image).softmax(0), single[2])
 
 
 def test_mirroring_uses_the_axes_of_the_plan_and_can_be_switched_off(tmp_path):
@@ -229,3 +247,234 @@ def test_network_grid_prediction_checks_channels():
 def test_a_model_is_a_value():
     assert dataclasses.is_dataclass(threshold_model())
     assert replace(threshold_model(), settings=PredictionSettings(mirroring=False)).settings.mirroring is False
+
+
+# ---- 2.5D
+
+
+class SumOfThree(torch.nn.Module):
+    """Foreground where a slice and its two neighbours are above zero together; notes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self.shapes.append(tuple(x.shape))
+        total = x[:, :, 2:] + x[:, :, 1:-1] + x[:, :, :-2]
+        return [torch.cat((-total, total), dim=1)]
+
+
+def stack_model(view_axis: int) -> Model:
+    model = threshold_model()
+    architecture = replace(
+        model.configuration.architecture, context="stack", context_slices=3, strides=((1, 1, 1), (1, 2, 2))
+    )
+    configuration = replace(
+        model.configuration, name="2.5d", topology="2.5d_stack", view_axis=view_axis, patch_size=(1, 16, 16),
+        architecture=architecture, preprocessing=replace(model.configuration.preprocessing, spacing=(1.0, 1.0, 1.0)),
+    )  # fmt: skip
+    return replace(model, configuration=configuration, networks=(SumOfThree(),))
+
+
+@pytest.mark.parametrize("view_axis", [0, 1, 2])
+def test_a_stack_sees_neighbouring_slices_along_its_view_and_answers_in_place(view_axis):
+    array = np.random.default_rng(0).normal(size=(1, 9, 12, 10)).astype(np.float32)
+    model = stack_model(view_axis)
+    labels = model.predict(Image(array, Grid((9, 12, 10)))).array
+    z = (array - array.mean()) / array.std()
+    edged = np.concatenate([z.take([0], view_axis + 1), z, z.take([-1], view_axis + 1)], view_axis + 1)
+    n = array.shape[view_axis + 1]
+    total = sum(edged.take(range(i, i + n), view_axis + 1) for i in range(3))
+    assert np.array_equal(labels, np.where(total > 0, 3, 0))
+    assert {shape[2] for shape in model.networks[0].shapes} == {3}
+
+
+@pytest.mark.parametrize("view_axis", [0, 1, 2])
+def test_a_volume_thinner_than_the_stack_is_refused_with_its_number_of_slices(view_axis):
+    shape = [9, 12, 10]
+    shape[view_axis] = 1
+    image = Image(np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), Grid(tuple(shape)))
+    with pytest.raises(PredictionError, match="1 slice along the axis of the stack, expected at least 2.*3 slices"):
+        stack_model(view_axis).predict(image)
+    shape[view_axis] = 2
+    image = Image(np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), Grid(tuple(shape)))
+    assert stack_model(view_axis).predict(image).grid == image.grid
+
+
+# ---- super-resolution
+
+
+def thick_image(seed: int = 0) -> Image:
+    """Six slices of 4 mm, of intensities that vary smoothly; darkness at one end is cut away."""
+    array = np.random.default_rng(seed).uniform(50, 150, (1, 6, 9, 8)).astype(np.float32)
+    array[:, :1] = 0
+    return Image(array, Grid((6, 9, 8), (4.0, 1.0, 1.0), (3.0, -4.0, 5.0)))
+
+
+def interpolated(array: np.ndarray, factor: int) -> np.ndarray:
+    """(C, Z, Y, X) with `factor` times as many slices over the same extent, linear, clamped at the ends."""
+    n = array.shape[1]
+    place = np.clip((np.arange(n * factor) + 0.5) / factor - 0.5, 0, n - 1)
+    low = np.minimum(place.astype(int), n - 2)
+    share = (place - low)[:, None, None]
+    return array[:, low] * (1 - share) + array[:, low + 1] * share
+
+
+def test_a_super_resolving_model_answers_on_the_refined_grid():
+    image, model = thick_image(), fine_threshold_model()
+    labels = model.predict(image)
+    assert labels.shape == (24, 9, 8) and labels.grid.spacing == (1.0, 1.0, 1.0)
+    assert labels.grid.origin == (1.5, -4.0, 5.0), "half a thick slice less half a thin one before"
+    inside = image.array[:, 1:]
+    fine = interpolated(inside, 4)
+    clear = np.abs(fine - inside.mean()) > 0.01
+    expected = np.where(fine > inside.mean(), 3, 0)
+    assert np.array_equal(labels.array[:, 4:][clear], expected[clear]) and not labels.array[:, :4].any()
+    probabilities = model.predict_probabilities(image)
+    assert probabilities.grid == labels.grid and np.array_equal(probabilities.array[1] > 0.5, labels.array[0] == 3)
+
+
+@given(permutation=st.permutations([0, 1, 2]), flips=st.tuples(*[st.booleans()] * 3))
+@settings(deadline=None, max_examples=12)
+def test_the_refined_grid_has_the_orientation_of_the_input(permutation, flips):
+    image, model = thick_image(), fine_threshold_model()
+    turned = Image(turn_array(image.array, tuple(permutation), flips), turn_grid(image.grid, tuple(permutation), flips))
+    straight, labels = model.predict(image), model.predict(turned)
+    assert np.array_equal(labels.array, turn_array(straight.array, tuple(permutation), flips))
+    np.testing.assert_allclose(
+        labels.grid.origin, turn_grid(straight.grid, tuple(permutation), flips).origin, atol=1e-9
+    )
+    np.testing.assert_allclose(outer_faces(labels.grid), outer_faces(turned.grid), atol=1e-9)
+    fine = model.predict_image(turned).array
+    np.testing.assert_allclose(fine, turn_array(model.predict_image(image).array, tuple(permutation), flips), atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["zscore", "ct", "none", "rescale"])
+def test_the_super_resolved_image_has_the_units_of_the_input(scheme):
+    image, model = thick_image(), fine_threshold_model()
+    how = (Normalization(scheme, mean=100, std=20, lower=0, upper=1000),)
+    settings_ = replace(model.configuration.preprocessing, normalization=how)
+    model = replace(model, configuration=replace(model.configuration, preprocessing=settings_))
+    fine = model.predict_image(image)
+    assert fine.array.dtype == np.float32 and fine.grid == model.predict(image).grid
+    np.testing.assert_allclose(fine.array[:, 4:], interpolated(image.array[:, 1:], 4), rtol=1e-4)
+    assert not fine.array[:, :4].any(), "what was cut away was zero"
+
+
+def test_on_the_native_grid_a_voxel_gets_the_class_of_the_largest_mean_probability():
+    image, model = thick_image(), fine_threshold_model()
+    labels = model.predict(image, native=True)
+    assert labels.grid == image.grid
+    fine = model.predict_probabilities(image).array[1, 4:].reshape(5, 4, 9, 8).mean(1)
+    clear = np.abs(fine - 0.5) > 0.01
+    assert np.array_equal(labels.array[0, 1:][clear], np.where(fine > 0.5, 3, 0)[clear])
+    native = model.predict_probabilities(image, native=True)
+    assert native.grid == image.grid
+    np.testing.assert_allclose(native.array[1, 1:], fine, atol=1e-3)
+    plain = threshold_model()
+    assert np.array_equal(plain.predict(image, native=True).array, plain.predict(image).array)
+
+
+def test_a_real_super_resolving_network_predicts_in_tiles_what_it_predicts_at_once(tmp_path):
+    torch.manual_seed(0)
+    plan = small_plan()
+    plan = replace(plan, configurations=(super_resolving(plan),))
+    network = build_network(plan.configurations[0].architecture)
+    Checkpoint(plan, "3d_sr", "0", network.state_dict()).save(tmp_path / "fold_0" / CHECKPOINT)
+    model = load_model(tmp_path / "fold_0", "cpu")
+    image = thick_image()
+    labels, fine = model.predict(image), model.predict_image(image)
+    assert labels.shape == fine.shape == (24, 9, 8)
+    # an untrained head is an interpolation
+    np.testing.assert_allclose(fine.array[:, 4:], interpolated(image.array[:, 1:], 4), rtol=1e-3)
+
+
+def test_a_model_without_labels_gives_an_image_only_and_one_without_an_image_head_labels_only():
+    image = thick_image()
+    only_image = fine_threshold_model(labels=False)
+    assert only_image.predict_image(image).shape == (24, 9, 8)
+    with pytest.raises(PredictionError, match="trained without labels"):
+        only_image.predict(image)
+    only_labels = fine_threshold_model(image=False)
+    assert only_labels.predict(image).shape == (24, 9, 8)
+    for model in (only_labels, threshold_model()):
+        with pytest.raises(PredictionError, match="no image head"):
+            model.predict_image(image)
+
+
+def test_self_supervised_slices_go_through_the_planes_in_both_directions():
+    model = fine_threshold_model(
+        topology="2d", patch_size=(1, 8, 16), sr_source="self", sr_scale=(1.0, 4.0, 1.0),
+    )  # fmt: skip
+    flat = replace(model.configuration.architecture, strides=((1, 1, 1), (1, 2, 2)), head_scale=(1.0, 4.0, 1.0))
+    thick = replace(model.configuration.preprocessing, spacing=(4.0, 1.0, 1.0))
+    model = replace(model, configuration=replace(model.configuration, architecture=flat, preprocessing=thick))
+    image = thick_image()
+    fine = model.predict_image(image)
+    assert fine.shape == (24, 9, 8)
+    np.testing.assert_allclose(fine.array[:, 4:], interpolated(image.array[:, 1:], 4), rtol=1e-4)
+    network = model.networks[0]
+    assert {shape[2:] for shape in network.shapes} == {(1, 6, 8), (1, 6, 10)}
+    assert {grid.shape for grid in network.grids} == {(1, 20, 8), (1, 20, 9)}
+
+
+ANY_SCALE = {"sr_range": (1.5, 6.0)}
+
+
+def test_an_any_scale_model_reads_slices_as_far_apart_as_they_are():
+    model = fine_threshold_model(**ANY_SCALE)
+    for distance, slices in ((2.0, 6), (3.0, 7), (5.5, 4)):
+        array = np.random.default_rng(0).uniform(50, 150, (1, slices, 9, 8)).astype(np.float32)
+        image = Image(array, Grid((slices, 9, 8), (distance, 1.0, 1.0)))
+        assert model.preprocess(image).image.shape == (1, slices, 9, 8)
+        labels = model.predict(image)
+        assert labels.grid.spacing == (1.0, 1.0, 1.0) and labels.shape == (slices * distance, 9, 8)
+    far = Image(array, Grid((4, 9, 8), (9.0, 1.0, 1.0)))
+    assert model.preprocess(far).image.shape == (1, 6, 9, 8), "beyond its range they are resampled"
+    assert model.predict(far).shape == (36, 9, 8)
+    fine = Image(array, Grid((4, 9, 8), (0.5, 1.0, 1.0)))
+    assert model.predict(fine).grid == fine.grid
+
+
+@pytest.mark.parametrize("distance", [0.7, 1.0, 1.6, 2.5])
+def test_an_any_scale_model_answers_on_the_grid_that_is_asked_for(distance):
+    image, model = thick_image(), fine_threshold_model(**ANY_SCALE)
+    labels = model.predict(image, output_spacing=(distance, 1.0, 1.0))
+    assert labels.grid.spacing == pytest.approx((distance, 1.0, 1.0)) and labels.shape[1:] == (9, 8)
+    np.testing.assert_allclose(outer_faces(labels.grid)[0], outer_faces(image.grid)[0], atol=1e-9)
+    fine = model.predict_image(image, output_spacing=(distance, 1.0, 1.0))
+    z = labels.grid.origin[0] + distance * np.arange(labels.shape[0])
+    inside = z > outer_faces(image.grid)[0][0] + 4 + distance
+    centres = image.grid.origin[0] + 4 * np.arange(6)
+    expected = np.apply_along_axis(lambda line: np.interp(z, centres[1:], line), 1, image.array[:, 1:])
+    np.testing.assert_allclose(fine.array[:, inside], expected[:, inside], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "sentence"),
+    [
+        ((0.5, 1.0, 1.0), "0.5 mm along z, 8 times as fine.*1.5 to 6 times, 0.667 to 2.67 mm"),
+        ((3.5, 1.0, 1.0), "3.5 mm along z, 1.14 times"),
+        ((5.0, 1.0, 1.0), "5 mm along z, coarser than the image's 4 mm"),
+        ((1.0, 0.5, 1.0), "0.5 mm along y, where configuration 3d_sr does not super-resolve"),
+        ((1.0, 1.0, 0.0), "three positive numbers"),
+    ],
+)
+def test_an_output_spacing_that_the_model_cannot_answer_on_is_refused(spacing, sentence):
+    with pytest.raises(PredictionError, match=sentence):
+        fine_threshold_model(**ANY_SCALE).predict(thick_image(), output_spacing=spacing)
+
+
+def test_models_of_one_scale_take_no_output_spacing():
+    with pytest.raises(PredictionError, match="3d_sr answers on one refined grid only"):
+        fine_threshold_model().predict(thick_image(), output_spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(PredictionError, match="3d_fullres answers on the image's own grid only"):
+        threshold_model().predict(thick_image(), output_spacing=(1.0, 1.0, 1.0))
+
+
+def test_an_image_on_slices_that_were_not_planned_for_is_answered_on_its_own_refined_grid():
+    array = np.random.default_rng(0).uniform(50, 150, (1, 6, 9, 8)).astype(np.float32)
+    image = Image(array, Grid((6, 9, 8), (5.0, 1.0, 1.0)))
+    labels = fine_threshold_model().predict(image)
+    assert labels.shape == (24, 9, 8) and labels.grid.spacing == (1.25, 1.0, 1.0)

@@ -129,6 +129,31 @@ def test_stores_with_the_same_arrays_share_their_files(tiny_dataset):
     assert Store(one.parent).entry("case_00").read("image").shape == (1, 12, 16, 14)
 
 
+def test_labels_on_a_finer_grid_are_stored_on_it_and_foreground_is_counted_there(tiny_dataset):
+    root = tiny_dataset(cases=1)  # slices of 2 mm
+    path = root / "labelsTr" / "case_00.nii.gz"
+    coarse = read_image(path)
+    grid = replace(coarse.grid, shape=(24, 16, 14), spacing=(1.0, 1.0, 1.0), origin=(-0.5, 0.0, 0.0))
+    write_image(Image(coarse.array.repeat(2, 1), grid), path)
+    content = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps({**content, "label_grid": "own"}))
+    paired = replace(FULL.preprocessing, spacing=(2.0, 1.0, 1.0), label_scale=(2.0, 1.0, 1.0))
+    plain = replace(paired, label_scale=(1.0, 1.0, 1.0))
+    dataset, _, workspace = prepare(root, FULL)
+    preprocess(dataset, [plain, paired], workspace, workers=1)
+    entry = Store(workspace.store(paired)).entry("case_00")
+    assert entry.shape == (12, 16, 14) and entry.label_shape == (24, 16, 14)
+    label = entry.read("label")
+    np.testing.assert_array_equal(label[0], coarse.array[0].repeat(2, 0))
+    for z, y, x in entry.foreground("core"):
+        assert label[0, z, y, x] == 2
+    assert len(entry.foreground("core")) == (label == 2).sum()
+    assert restore_label(label[0], entry.label_geometry).grid == read_image(path).grid
+    on_image = Store(workspace.store(plain)).entry("case_00")
+    assert on_image.label_shape == on_image.shape == (12, 16, 14), "no scale: on the image's grid, in a store apart"
+    np.testing.assert_array_equal(on_image.read("label"), coarse.array)
+
+
 def test_a_second_run_changes_nothing(tiny_dataset):
     dataset, plan, workspace = prepare(tiny_dataset(cases=2), FULL)
     preprocess(dataset, plan.stores(), workspace, workers=1)

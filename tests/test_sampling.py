@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from tiny_training import IGNORING, TWO_CLASSES, store_of
 
 from autoseg.labels import Labels
-from autoseg.training.sampling import Patch, PatchSampler, read_patch
+from autoseg.preprocessing.framed import FramedEntry
+from autoseg.training.sampling import Patch, PatchSampler, inside_mask, read_patch
 
 SIZE = (4, 6, 6)
 
@@ -156,3 +158,86 @@ def test_a_draw_is_a_function_of_its_generator_and_of_nothing_else(tmp_path: Pat
     again = PatchSampler(store, list(reversed(cases)), batch_size=3)
     draw(again, 7, index=2)
     assert draw(first, 20, index=2) == draw(again, 20, index=2)
+
+
+# ---- frames
+
+FRAMES = list(itertools.permutations(range(3)))
+
+
+def numbered(shape: tuple[int, int, int] = (3, 4, 5)) -> np.ndarray:
+    """Every voxel has a value of its own: z, y and x as digits."""
+    z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    return (100 * z + 10 * y + x).astype(np.int16)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_patch_seen_in_a_frame_is_that_of_the_turned_volume(tmp_path: Path, frame: tuple[int, int, int]) -> None:
+    volume = numbered()
+    entry = FramedEntry(store_of(tmp_path, {"a": volume}).entry("a"), frame)
+    turned = volume.transpose(frame)
+    assert entry.shape == turned.shape
+    assert np.array_equal(entry.read("image")[0], turned)
+    for start, size in (((0, 0, 0), (1, 2, 3)), ((1, 2, 1), (2, 1, 2)), ((-1, -2, 1), (4, 5, 4))):
+        z, y, x = (slice(f + 5, f + 5 + s) for f, s in zip(start, size, strict=True))
+        assert np.array_equal(read_patch(entry, "label", start, size)[0], np.pad(turned, 5)[z, y, x])
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_foreground_is_found_where_the_frame_shows_it(tmp_path: Path, frame: tuple[int, int, int]) -> None:
+    label = np.zeros((3, 4, 5), np.int16)
+    label[2, 0, 3] = label[1, 3, 4] = 2
+    entry = FramedEntry(store_of(tmp_path, {"a": label}).entry("a"), frame)
+    voxels = entry.foreground("core")
+    assert len(voxels) == 2 and (label.transpose(frame)[tuple(voxels.T)] == 2).all()
+
+
+def test_each_patch_draws_one_of_several_frames(tmp_path: Path) -> None:
+    label = np.zeros((4, 20, 24), np.int16)
+    label[1, 5:9, 20] = 1
+    store = store_of(tmp_path, {"a": label})
+    sampler = PatchSampler(store, ["a"], batch_size=2, frames=((0, 1, 2), (0, 2, 1)))
+    patches = draw(sampler, 60, index=1, size=(1, 5, 3))
+    assert 15 < Counter(patch.frame for patch in patches)[0, 2, 1] < 45
+    for patch in patches:
+        shown = read_patch(sampler.entry(patch.case, patch.frame), "label", patch.start, (1, 5, 3))
+        assert (shown == 1).any()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    start=st.tuples(*[st.integers(-6, 6)] * 3),
+    size=st.tuples(*[st.integers(1, 9)] * 3),
+    axes=st.sets(st.sampled_from([0, 1, 2])),
+    frame=st.sampled_from(FRAMES),
+)
+def test_outside_lie_zeros_or_the_outermost_slice_again(
+    tmp_path_factory: pytest.TempPathFactory,
+    start: tuple[int, int, int],
+    size: tuple[int, int, int],
+    axes: set[int],
+    frame: tuple[int, int, int],
+) -> None:
+    volume = numbered() + 1
+    turned = volume.transpose(frame)
+    if any(f + s <= 0 or f >= n for f, s, n in zip(start, size, turned.shape, strict=True)):
+        return  # nothing of the image: no patch is drawn there
+    entry = FramedEntry(store_of(tmp_path_factory.mktemp("store"), {"a": volume}).entry("a"), frame)
+    read = read_patch(entry, "image", start, size, replicate=sorted(axes))
+    wide = turned
+    for axis in range(3):
+        width = [(20, 20) if i == axis else (0, 0) for i in range(3)]
+        wide = np.pad(wide, width, mode="edge" if axis in axes else "constant")
+    z, y, x = (slice(f + 20, f + 20 + s) for f, s in zip(start, size, strict=True))
+    assert np.array_equal(read[0], wide[z, y, x])
+    ones = np.pad(np.ones(turned.shape), 20)
+    assert np.array_equal(inside_mask(entry.shape, start, size)[0], ones[z, y, x])
+
+
+def test_foreground_of_a_finer_label_is_found_on_the_images_grid(tmp_path: Path) -> None:
+    label = np.zeros((8, 6, 6), np.int16)
+    label[5, 2, 3] = 1
+    store = store_of(tmp_path, {"a": label}, images={"a": np.zeros((1, 2, 6, 6), np.float32)})
+    sampler = PatchSampler(store, ["a"], batch_size=1, label_scale=(4.0, 1.0, 1.0))
+    assert sampler.entry("a", (0, 1, 2)).foreground("ball").tolist() == [[1, 2, 3]]
+    assert FramedEntry(store.entry("a"), (1, 0, 2), (4.0, 1.0, 1.0)).foreground("ball").tolist() == [[2, 1, 3]]

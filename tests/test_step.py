@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_training import REGIONS, TWO_CLASSES, architecture
+from tiny_training import REGIONS, TWO_CLASSES, architecture, sr_configuration, stack_configuration
 from torch import Tensor
 
 from autoseg.labels import Labels
+from autoseg.networks.upsampling import OutputGrid
+from autoseg.plan import Configuration, TrainingSettings
+from autoseg.training.samples import sample_shapes
 from autoseg.training.settings import EMA_WIDTH, RECIPES, Recipe
 from autoseg.training.step import TrainingState, build_training, training_step, update_average
 
@@ -108,3 +111,75 @@ def test_every_recipe_of_the_settings_trains(name: str) -> None:
     image, label = problem()
     losses = [training_step(state, image, label, precision=None).item() for _ in range(8)]
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
+
+
+# ---- 2.5D and super-resolution
+
+
+def fine_problem(configuration: Configuration) -> tuple[Tensor, Tensor, Tensor, OutputGrid]:
+    """Thick slices, and the label and image behind them."""
+    shapes = sample_shapes(configuration.architecture, configuration.patch_size, configuration=configuration)
+    assert shapes.grid is not None
+    label = torch.zeros((2, 1, *shapes.label), dtype=torch.int16)
+    z, y, x = (size // 4 for size in shapes.label)
+    label[:, :, z:-z, y:-y, x:-x] = 1
+    label[:, :, 2 * z : -z, 2 * y : -y, 2 * x : -x] = 2
+    truth = label.float()
+    image = torch.nn.functional.interpolate(truth, shapes.image, mode="area")
+    return image, label, truth, shapes.grid
+
+
+@pytest.mark.parametrize("recipe", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("terms", [("l1",), ("l1", "high_frequency", "perceptual", "consistency")])
+def test_the_loss_of_super_resolution_falls(recipe: Recipe, terms: tuple[str, ...]) -> None:
+    configuration = sr_configuration(training=TrainingSettings(image_losses=terms))
+    torch.manual_seed(0)
+    state = build_training(configuration.architecture, TWO_CLASSES, recipe, configuration=configuration)
+    image, label, truth, grid = fine_problem(configuration)
+    losses = [training_step(state, image, label, precision=None, truth=truth, grid=grid).item() for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.5
+    assert state.loss.weights.abs().min() > 1e-3  # type: ignore[union-attr,operator]  # both weights are learned
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_an_image_alone_is_learned_and_any_grid_is_answered_on(precision: torch.dtype | None) -> None:
+    configuration = sr_configuration(scale=(3.0, 1.0, 1.0), sr_range=(2.0, 3.0), segments=False, patch_size=(4, 12, 12))
+    torch.manual_seed(0)
+    state = build_training(configuration.architecture, TWO_CLASSES, ADAMW, configuration=configuration)
+    for scale in (2.0, 2.5, 3.0):
+        planned = replace(configuration, sr_scale=(scale, 1.0, 1.0), sr_range=None)
+        image, label, truth, grid = fine_problem(planned)
+        losses = [
+            training_step(state, image, label, precision=precision, truth=truth, grid=grid).item() for _ in range(8)
+        ]
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("context", ["stack", "reduce"])
+def test_the_loss_falls_on_slices_with_their_neighbours(context: str) -> None:
+    configuration = stack_configuration(context=context)
+    torch.manual_seed(0)
+    state = build_training(configuration.architecture, TWO_CLASSES, ADAMW)
+    label = torch.zeros((4, 1, 1, 12, 12), dtype=torch.int16)
+    label[..., 3:9, 3:9] = 1
+    label[..., 5:7, 5:7] = 2
+    image = label.float().expand(4, 1, 3, 12, 12) + 0.1 * torch.randn(4, 1, 3, 12, 12)
+    losses = [training_step(state, image, label, precision=None).item() for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.4
+
+
+@pytest.mark.parametrize("recipe", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_task_weights_are_optimised_without_decay(recipe: Recipe) -> None:
+    configuration = sr_configuration()
+    state = build_training(configuration.architecture, TWO_CLASSES, recipe, configuration=configuration)
+    (weights,) = state.loss.parameters()
+    (group,) = [g for g in state.optimizer.param_groups if any(p is weights for p in g["params"])]
+    assert group["weight_decay"] == 0
+    names = dict(state.network.named_parameters())
+    assert sum(len(g["params"]) for g in state.optimizer.param_groups) == len(names) + 1
+
+
+def test_the_network_is_no_part_of_its_loss() -> None:
+    configuration = sr_configuration(training=TrainingSettings(image_losses=("perceptual",)))
+    state = build_training(configuration.architecture, TWO_CLASSES, ADAMW, configuration=configuration)
+    assert list(state.loss.state_dict()) == ["weights"]

@@ -73,6 +73,17 @@ def test_what_is_written_comes_back_bit_by_bit(filled, arrays):
     assert entry.geometry == geometry()
 
 
+def test_a_label_on_a_finer_grid_keeps_its_shape_and_its_way_back(tmp_path):
+    store = Store(tmp_path)
+    arrays = {"image": np.zeros((1, 4, 8, 8), np.float32), "label": np.zeros((1, 16, 8, 8), np.int16)}
+    own = geometry((16, 8, 8))
+    store.write("a", arrays, geometry((4, 8, 8)), {}, label_geometry=own)
+    store.write("b", {**arrays, "label": arrays["label"][:, :4]}, own, {}, label_geometry=own)
+    entry = store.entry("a")
+    assert entry.shape == (4, 8, 8) and entry.label_shape == (16, 8, 8) and entry.label_geometry == own
+    assert store.entry("b").label_geometry is None, "the image's"
+
+
 def test_foreground_comes_back_by_name(filled):
     entry = filled.entry("a")
     assert entry.present == ("liver",)

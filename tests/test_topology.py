@@ -103,6 +103,20 @@ def test_the_first_patch_is_never_longer_than_an_image_of_four_voxels_or_more(gr
     assert all(1 <= p <= max(n, 4) for p, n in zip(first_patch(spacing, shape), shape, strict=True))
 
 
+@pytest.mark.parametrize("slices", range(1, 8))
+def test_fewer_than_eight_slices_are_not_pooled(slices):
+    topology = plan_topology((8.0, 1.25, 1.25), (slices, 256, 256))
+    assert topology.divisor[0] == 1
+    assert topology.patch[0] == slices
+
+
+def test_thick_slices_get_kernels_in_the_plane_until_spacing_is_even():
+    topology = plan_topology((5.0, 1.0, 1.0), (16, 128, 128))
+    # in the plane 1, 2, 4 mm: from 4 mm on the 5 mm slices are within a factor 2
+    assert topology.kernels[:3] == ((1, 3, 3), (1, 3, 3), (3, 3, 3))
+    assert topology.strides[:4] == ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2))
+
+
 def test_the_first_patch_is_isotropic_in_millimetres():
     assert first_patch((4.0, 1.0, 1.0), (1000, 1000, 1000)) == (102, 406, 406)
 

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoseg.errors import PlanError
-from autoseg.units import format_bytes, format_seconds, parse_bytes, parse_device, parse_part, parse_seconds
+from autoseg.units import (
+    format_bytes,
+    format_seconds,
+    parse_bytes,
+    parse_device,
+    parse_numbers,
+    parse_part,
+    parse_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +65,17 @@ def test_devices_that_cannot_be_are_refused(name: str) -> None:
     assert parse_device("cuda:1") == "cuda:1"
     with pytest.raises(PlanError, match=f"Device '{name}' is not known; choose one of auto, cpu, cuda"):
         parse_device(name)
+
+
+def test_numbers_are_read_in_the_order_in_which_they_stand() -> None:
+    assert parse_numbers("4,1,0.5", option="--input-spacing") == (4.0, 1.0, 0.5)
+    assert parse_numbers("2.5", option="--sr-scale", counts=(1, 3)) == (2.5,)
+
+
+@pytest.mark.parametrize("text", ["", "4", "4,1", "4,1,a", "4 1 1", "4,1,1,1", "4,1,nan", "inf,1,1"])
+def test_nonsense_spacings_are_refused(text: str) -> None:
+    with pytest.raises(PlanError, match=r"--input-spacing .*such as 4,1,1.*\(z, y, x\)"):
+        parse_numbers(text, option="--input-spacing")
 
 
 def test_sizes_are_shown_with_two_figures_or_three() -> None:

@@ -13,6 +13,7 @@ from autoseg.dataset import RawDataset
 from autoseg.image import Grid
 from autoseg.labels import Labels
 from autoseg.plan import (
+    Acquisition,
     Architecture,
     Budget,
     Configuration,
@@ -21,6 +22,7 @@ from autoseg.plan import (
     PreprocessingSettings,
     Shape,
     TrainingSettings,
+    Vector,
 )
 from autoseg.preprocessing.case import CaseGeometry
 from autoseg.preprocessing.run import preprocess, sample_foreground
@@ -72,6 +74,61 @@ def tiny_configuration(
     )
 
 
+def stack_configuration(
+    *, slices: int = 3, context: str = "stack", view_axis: int = 0, patch_size: Shape = (1, 12, 12), channels: int = 1
+) -> Configuration:
+    """A 2.5D configuration that sees `slices` slices along `view_axis`."""
+    flat = tiny_configuration(patch_size=patch_size, batch_size=4, channels=channels)
+    network = replace(flat.architecture, context=context, context_slices=slices)
+    return replace(flat, topology=f"2.5d_{context}", architecture=network, view_axis=view_axis)
+
+
+def sr_configuration(
+    *,
+    scale: Vector = (2.0, 1.0, 1.0),
+    source: str = "degraded",
+    patch_size: Shape = (6, 12, 12),
+    image: bool = True,
+    labels: Labels = TWO_CLASSES,
+    segments: bool = True,
+    sr_range: tuple[float, float] | None = None,
+    slices: int = 1,
+    acquisition: Acquisition | None = None,
+    normalization: Normalization | None = None,
+    training: TrainingSettings | None = None,
+) -> Configuration:
+    """A configuration that answers `scale` times as fine as it reads; of a stack of `slices` where that is above 1."""
+    flat = patch_size[0] == 1
+    topology = "3d" if not flat else "2d" if slices == 1 else "2.5d_stack"
+    plain = tiny_configuration(patch_size=patch_size, training=training)
+    largest = scale if sr_range is None else tuple(sr_range[1] if s > 1 else 1.0 for s in scale)
+    network = replace(
+        plain.architecture,
+        output_channels=labels.output_channels if segments else 0,
+        strides=((1, 1, 1), (1, 2, 2), (1, 2, 2)),
+        context="none" if slices == 1 else "stack",
+        context_slices=slices,
+        head="subpixel",
+        head_scale=largest,  # type: ignore[arg-type]
+        image_channels=1 if image else 0,
+    )
+    preprocessing = replace(
+        plain.preprocessing,
+        normalization=(normalization or Normalization("zscore"),),
+        label_scale=scale if source == "paired" else (1.0, 1.0, 1.0),
+    )
+    return replace(
+        plain,
+        topology=topology,
+        architecture=network,
+        preprocessing=preprocessing,
+        sr_scale=scale,
+        sr_range=sr_range,
+        sr_source=source,
+        acquisition=acquisition or Acquisition(),
+    )
+
+
 def tiny_plan(configuration: Configuration | None = None, *, labels: Labels = TWO_CLASSES) -> Plan:
     """A plan of one configuration."""
     chosen = configuration or tiny_configuration(labels=labels)
@@ -108,13 +165,17 @@ def store_of(
     *,
     images: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Store:
-    """A store of label maps (Z, Y, X); the image (C, Z, Y, X) repeats the label where none is given."""
+    """A store of label maps (Z, Y, X); the image (C, Z, Y, X) repeats the label where none is given.
+
+    Such an image may lie on a coarser grid.
+    """
     store = Store(folder)
     for case, label in cases.items():
         volume = label[None].astype(np.int16)
-        whole = tuple((0, size) for size in label.shape)
-        grid = Grid(label.shape, (1.0, 1.0, 1.0))
-        geometry = CaseGeometry(grid, (0, 1, 2), (False,) * 3, whole, label.shape)  # type: ignore[arg-type]
         image = images[case] if images else volume.astype(np.float32)
+        shape = image.shape[1:]
+        whole = tuple((0, size) for size in shape)
+        grid = Grid(shape, (1.0, 1.0, 1.0))
+        geometry = CaseGeometry(grid, (0, 1, 2), (False,) * 3, whole, shape)  # type: ignore[arg-type]
         store.write(case, {"image": image, "label": volume}, geometry, sample_foreground(volume, labels))
     return store

@@ -31,22 +31,32 @@ SCALING = (0.7, 1.4)  # nnU-Net's range; above 1 the structures become smaller
 ROTATION_3D = math.radians(30)  # about every axis
 ROTATION_IN_PLANE = math.pi  # where only the plane is rotated
 LONG_PLANE_ROTATION = math.radians(15)  # in a plane longer than 1.5 times its width
+KEPT_TURNS = 4  # spatial transforms that are kept, one for each size: any-scale training has many sizes
 
 
-def rotation_limit(configuration: Configuration) -> float:
-    """Largest rotation in radians (nnU-Net's rule)."""
-    z, y, x = configuration.patch_size
-    if configuration.training.rotate_out_of_plane and z > 1:
+def in_plane(configuration: Configuration) -> bool:
+    """Whether slices are turned and scaled in their plane alone, all of a volume or stack alike."""
+    thick = not configuration.training.rotate_out_of_plane or max(configuration.preprocessing.label_scale) > 1
+    return thick or configuration.patch_size[0] == 1
+
+
+def rotation_limit(configuration: Configuration, patch: Shape | None = None) -> float:
+    """Largest rotation in radians (nnU-Net's rule) of a patch, by default the configuration's."""
+    _, y, x = patch or configuration.patch_size
+    if not in_plane(configuration):
         return ROTATION_3D
     return LONG_PLANE_ROTATION if max(y, x) / min(y, x) > 1.5 else ROTATION_IN_PLANE
 
 
-def source_size(configuration: Configuration) -> Shape:
-    """Voxels (z, y, x) to read so that a rotated and scaled patch finds data in its corners where there are any."""
-    z, y, x = configuration.patch_size
-    angle = min(rotation_limit(configuration), math.pi / 4)
+def source_size(configuration: Configuration, patch: Shape | None = None) -> Shape:
+    """Voxels (z, y, x) to read so that a rotated and scaled patch finds data in its corners where there are any.
+
+    The patch is the configuration's, without a halo, or the fine one behind it.
+    """
+    z, y, x = patch or configuration.patch_size
+    angle = min(rotation_limit(configuration, patch), math.pi / 4)
     cos, sin = math.cos(angle), math.sin(angle)
-    flat = not configuration.training.rotate_out_of_plane or z == 1
+    flat = in_plane(configuration)
     sizes = [
         float(z) if flat else cos * z + sin * max(y, x),
         cos * y + sin * (x if flat else max(z, x)),
@@ -59,24 +69,30 @@ def source_size(configuration: Configuration) -> Shape:
 class Augmentation:
     """Spatial, intensity and mirroring augmentations of one configuration, in nnU-Net's order.
 
-    It draws from torch's and numpy's global generators; who calls it seeds both.
+    It draws from torch's and numpy's global generators; who calls it seeds both. Samples whose input and label share a
+    grid are called with at once; super-resolution takes the steps one by one: `turn` or `flip`, then `disturb`.
     """
 
     def __init__(self, configuration: Configuration, *, previous_labels: tuple[tuple[int, ...], ...] = ()) -> None:
-        self.plane = configuration.patch_size[0] == 1
+        self.configuration = configuration
+        self.halo = configuration.architecture.halo
+        self.plane = _depth(configuration) == 1
         self.spatial = _spatial(configuration, probability=SPATIAL_PROBABILITY)
         self.crop = _spatial(configuration, probability=0.0)
         self.intensity = _intensity(configuration)
         axes = configuration.training.mirror_axes
         self.mirror = MirrorTransform(tuple(axis - 1 for axis in axes if axis > 0) if self.plane else axes)
+        self.mirror_volume = MirrorTransform(axes)
         self.previous_labels = previous_labels
+        self.turns: dict[Shape, BasicTransform] = {}
 
     def __call__(self, image: Tensor, label: Tensor, *, augment: bool = True) -> tuple[Tensor, Tensor]:
         """Image (C, Z, Y, X) float32, label (1 or 2, Z, Y, X) int16 of `source_size` -> the same of patch size.
 
-        A second label channel is the previous stage's answer: it becomes further image channels, one for each group of
-        values in `previous_labels` (a class or a region), roughened as an imperfect answer would be. With
-        `augment=False` the patch is only cut out. What is given may be overwritten.
+        The image is longer by the halo. A second label channel is the previous stage's answer, and then the label has
+        the halo too: it becomes further image channels, one for each group of values in `previous_labels` (a class or a
+        region), roughened as an imperfect answer would be. With `augment=False` the patch is only cut out. What is
+        given may be overwritten.
         """
         sample = (
             {"image": image[:, 0], "segmentation": label[:, 0]}
@@ -93,16 +109,58 @@ class Augmentation:
             onehot = torch.stack([torch.isin(label[1], torch.tensor(v)) for v in self.previous_labels]).float()
             if augment:  # built anew each time: it shuffles its own list of channels
                 onehot = _roughen(len(self.previous_labels))(image=onehot)["image"]
-            image, label = torch.cat((image, onehot)), label[:1]
+            image, label = torch.cat((image, onehot)), label[:1, self.halo : label.shape[1] - self.halo]
         return image.contiguous(), label.contiguous()
+
+    def turn(self, image: Tensor, label: Tensor, *, size: Shape) -> tuple[Tensor, Tensor]:
+        """Image (C, Z, Y, X) and label (1, Z, Y, X), both of the source size of `size`, turned, scaled and mirrored.
+
+        In the plane image and label may have different numbers of slices, which they keep.
+        """
+        if size not in self.turns:
+            if len(self.turns) >= KEPT_TURNS:
+                self.turns.clear()
+            self.turns[size] = _turn(self.configuration, size, probability=SPATIAL_PROBABILITY)
+        sample = self.turns[size](image=image, segmentation=label)
+        return self.flip(sample["image"], sample["segmentation"])
+
+    def flip(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Both mirrored along the same axes; they may have different shapes."""
+        sample = self.mirror_volume(image=image, segmentation=label)
+        return sample["image"], sample["segmentation"]
+
+    def disturb(self, image: Tensor) -> Tensor:
+        """The input (C, Z, Y, X) with another noise, sharpness, brightness and contrast; it may be overwritten."""
+        disturbed: Tensor = self.intensity(image=image[:, 0] if self.plane else image)["image"]
+        return (disturbed.unsqueeze(1) if self.plane else disturbed).contiguous()
+
+
+def _depth(configuration: Configuration) -> int:
+    """Slices of the network's input."""
+    return configuration.patch_size[0] + 2 * configuration.architecture.halo
 
 
 def _spatial(configuration: Configuration, *, probability: float) -> BasicTransform:
+    """For samples as `Augmentation.__call__` sees them: a plane without its z axis."""
+    plane = _depth(configuration) == 1
     size = configuration.patch_size
-    slice_wise = not configuration.training.rotate_out_of_plane
-    limit = rotation_limit(configuration)
-    transform = SpatialTransform(
-        size[1:] if slice_wise or size[0] == 1 else size,
+    return (
+        _space_transform(configuration, size, probability)
+        if plane
+        else _turn(configuration, size, probability=probability)
+    )
+
+
+def _turn(configuration: Configuration, size: Shape, *, probability: float) -> BasicTransform:
+    """For volumes (C, Z, Y, X): to `size`, or to its plane with as many slices as there are."""
+    transform = _space_transform(configuration, size, probability)
+    return _slice_wise(transform) if in_plane(configuration) else transform
+
+
+def _space_transform(configuration: Configuration, size: Shape, probability: float) -> BasicTransform:
+    limit = rotation_limit(configuration, size)
+    return SpatialTransform(
+        size[1:] if in_plane(configuration) else size,
         patch_center_dist_from_border=0,
         random_crop=False,
         p_rotation=probability,
@@ -111,7 +169,6 @@ def _spatial(configuration: Configuration, *, probability: float) -> BasicTransf
         scaling=SCALING,
         p_synchronize_scaling_across_axes=1,
     )
-    return _slice_wise(transform) if slice_wise and size[0] > 1 else transform
 
 
 def _slice_wise(transform: BasicTransform) -> BasicTransform:
@@ -120,8 +177,12 @@ def _slice_wise(transform: BasicTransform) -> BasicTransform:
 
 
 def _intensity(configuration: Configuration) -> BasicTransform:
-    plane = configuration.patch_size[0] == 1
-    kept = tuple(axis for axis in range(3) if axis not in configuration.training.low_resolution_axes)
+    plane = _depth(configuration) == 1
+    kept = tuple(
+        axis
+        for axis in range(3)
+        if axis not in configuration.training.low_resolution_axes or (axis == 0 and configuration.patch_size[0] == 1)
+    )
     low_resolution = SimulateLowResolutionTransform(
         (0.5, 1.0),
         synchronize_channels=False,
@@ -131,27 +192,31 @@ def _intensity(configuration: Configuration) -> BasicTransform:
     )
     contrast = {"synchronize_channels": False, "p_per_channel": 1.0}
     gamma = {"gamma": BGContrast((0.7, 1.5)), "p_retain_stats": 1.0, **contrast}
+    noise = (GaussianNoiseTransform((0.0, 0.1), p_per_channel=1.0, synchronize_channels=True), 0.1)
     stages: list[tuple[BasicTransform, float]] = [
-        (GaussianNoiseTransform((0.0, 0.1), p_per_channel=1.0, synchronize_channels=True), 0.1),
         (MultiplicativeBrightnessTransform(BGContrast((0.75, 1.25)), **contrast), 0.15),
         (ContrastTransform(BGContrast((0.75, 1.25)), preserve_range=True, **contrast), 0.15),
         (low_resolution, 0.25),
         (GammaTransform(p_invert_image=1.0, **gamma), 0.1),
         (GammaTransform(p_invert_image=0.0, **gamma), 0.3),
     ]
+    if configuration.architecture.image_channels:
+        # the image to answer with is in the input's units: with another brightness, contrast or gamma in the input
+        # alone no network could know which, and a lower resolution would teach it an acquisition that there is not
+        stages = []
     blur = _blur(configuration)
-    if blur is not None:
-        stages.insert(1, (blur, 0.2))
+    stages = [noise, *([(blur, 0.2)] if blur is not None else []), *stages]
     return ComposeTransforms([RandomTransform(transform, probability) for transform, probability in stages])
 
 
 def _blur(configuration: Configuration) -> BasicTransform | None:
     """Gaussian blur along the axes that are long enough for its kernel; in plane only for thick slices."""
-    z, y, x = configuration.patch_size
+    _, y, x = configuration.patch_size
+    z = _depth(configuration)
     if min(y, x) <= BLUR_REACH:
         return None
     # benchmark=False: timing two implementations against each other would make the result depend on the machine's load
-    if z > 1 and (z <= BLUR_REACH or not configuration.training.rotate_out_of_plane):
+    if z > 1 and (z <= BLUR_REACH or in_plane(configuration)):
         return _slice_wise(GaussianBlurTransform((0.5, 1.0), synchronize_channels=True, benchmark=False))
     return GaussianBlurTransform((0.5, 1.0), p_per_channel=0.5, benchmark=False)
 

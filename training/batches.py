@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing.connection
 import queue
 import random
@@ -17,14 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from autoseg.errors import AutosegError, StorageError, WorkerError
+from autoseg.errors import AutosegError, PlanError, StorageError, WorkerError
 from autoseg.executor import available_cores
 from autoseg.labels import Labels
-from autoseg.plan import Configuration
+from autoseg.networks.upsampling import OutputGrid
+from autoseg.plan import Architecture, Configuration, Shape, Vector
+from autoseg.preprocessing.framed import FramedEntry
 from autoseg.preprocessing.store import Store, StoreEntry
-from autoseg.training.augment import Augmentation, source_size
-from autoseg.training.sampling import PatchSampler, read_patch
-from autoseg.training.settings import PREFETCH_BATCHES
+from autoseg.training.augment import Augmentation
+from autoseg.training.samples import SOURCES, Place, Sample, at_scale, sample_shapes
+from autoseg.training.sampling import PatchSampler
+from autoseg.training.settings import CURRICULUM_STEPS, PREFETCH_BATCHES
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,18 @@ class Batch:
     """What one optimiser step sees."""
 
     image: Tensor
-    """(B, C, Z, Y, X) float32."""
+    """(B, C, Z + 2 halo, Y, X) float32."""
     label: Tensor
-    """(B, 1, Z, Y, X) int16, label values."""
+    """(B, 1, Z, Y, X) int16, label values, on the output grid."""
+    truth: Tensor | None = None
+    """(B, I, *grid.shape) float32, the fine image in the units of the input; None where there is none."""
+    grid: OutputGrid | None = None
+    """The output grid, the same for the whole batch; None without super-resolution."""
 
 
 FEW_CORES = 4  # up to so many, a thread prepares patches beside the optimiser; more cores afford processes
 DYING_SECONDS = 5.0  # a worker that has closed its connections is gone by then
+SCALE_STREAM = 2**32 - 1  # in the place of the index in a batch: the random numbers of a step's scale
 MOST_WORKERS = 12  # nnU-Net's default; a GPU rarely empties what so many prepare
 
 
@@ -48,7 +57,7 @@ def default_workers() -> int:
     return 0 if cores <= FEW_CORES else min(MOST_WORKERS, cores - 2)
 
 
-class Samples(Dataset[tuple[Tensor, Tensor]]):
+class Samples(Dataset[Sample]):
     """`samples[step, index]`: the patch at position `index` of the batch of `step`, augmented.
 
     Every random number comes from (seed, step, index), so neither the number of workers nor a resumed training
@@ -66,33 +75,47 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         augment: bool = True,
         previous: Store | None = None,
     ) -> None:
-        self.sampler = PatchSampler(store, cases, batch_size=configuration.batch_size)
+        if configuration.super_resolves and previous is not None:
+            raise PlanError(f"Configuration {configuration.name} super-resolves, so it cannot have a previous stage.")
+        self.configuration = configuration
+        self.sampler = PatchSampler(
+            store,
+            cases,
+            batch_size=configuration.batch_size,
+            frames=configuration.frames(training=True),
+            label_scale=configuration.preprocessing.label_scale,
+        )
         self.augment = augment
         self.seed = seed
         self.patch_size = configuration.patch_size
-        self.size = source_size(configuration) if augment else configuration.patch_size
-        self.margin = [source // 2 - patch // 2 for source, patch in zip(self.size, self.patch_size, strict=True)]
         self.previous = _entries_beside(self.sampler.entries, previous) if previous is not None else None
         self.augmentation = Augmentation(configuration, previous_labels=labels.values if previous is not None else ())
+        self.make = SOURCES[configuration.sr_source](configuration, self.augmentation, augment=augment)
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, position: tuple[int, int]) -> Sample:
         step, index = position
         generator = np.random.default_rng((self.seed, step, index))
-        patch = self.sampler.draw(generator, index=index, size=self.patch_size)
-        # what is read is larger on every side, so that patches at the image's border are trained on like all others
-        z, y, x = (first - margin for first, margin in zip(patch.start, self.margin, strict=True))
-        entry = self.sampler.entries[patch.case]
-        image = read_patch(entry, "image", (z, y, x), self.size)
-        label = read_patch(entry, "label", (z, y, x), self.size)
-        if self.previous is not None:
-            before = read_patch(self.previous[patch.case], "label", (z, y, x), self.size)
-            label = np.concatenate((label, before))
-        _seed_everything(int(generator.integers(2**31)))
-        return self.augmentation(
-            torch.from_numpy(np.ascontiguousarray(image, np.float32)),
-            torch.from_numpy(np.ascontiguousarray(label, np.int16)),
-            augment=self.augment,
-        )
+
+        def draw(size: Shape) -> Place:
+            patch = self.sampler.draw(generator, index=index, size=size)
+            previous = None if self.previous is None else FramedEntry(self.previous[patch.case], patch.frame)
+            return Place(self.sampler.entry(patch.case, patch.frame), patch.start, previous)
+
+        return self.make(draw, lambda: _seed_everything(int(generator.integers(2**31))), self.scale(step))
+
+    def scale(self, step: int) -> Vector:
+        """Input spacing / output spacing of a whole batch: as planned, or drawn for each step of any-scale training.
+
+        That begins with whole numbers, which are easier (a curriculum); patches that are not augmented stay as planned.
+        """
+        limits = self.configuration.sr_range
+        if limits is None or not self.augment:
+            return self.configuration.sr_scale
+        generator = np.random.default_rng((self.seed, step, SCALE_STREAM))
+        whole = range(math.ceil(limits[0]), math.floor(limits[1]) + 1)
+        if step < CURRICULUM_STEPS and whole:
+            return at_scale(self.configuration, float(whole[int(generator.integers(len(whole)))]))
+        return at_scale(self.configuration, float(generator.uniform(*limits)))
 
 
 def _entries_beside(entries: Mapping[str, StoreEntry], previous: Store) -> dict[str, StoreEntry]:
@@ -115,9 +138,33 @@ def _seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # the CPU's alone: `torch.manual_seed` takes 0.3 ms to tell every device
 
 
-def _collate(samples: list[tuple[Tensor, Tensor]]) -> Batch:
-    images, labels = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.stack(labels))
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples of one step as a batch."""
+    grid = samples[0].grid
+    assert all(sample.grid == grid for sample in samples), "a batch has one scale"
+    truths = [sample.truth for sample in samples if sample.truth is not None]
+    return Batch(
+        torch.stack([sample.image for sample in samples]),
+        torch.stack([sample.label for sample in samples]),
+        torch.stack(truths) if truths else None,
+        grid,
+    )
+
+
+def blank_batch(
+    architecture: Architecture,
+    batch_size: int,
+    patch_size: Shape,
+    *,
+    configuration: Configuration | None = None,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Zeros of the shapes that a training sees: what a step needs and takes is measured with them."""
+    shapes = sample_shapes(architecture, patch_size, configuration=configuration)
+    image = torch.zeros((batch_size, architecture.input_channels, *shapes.image), device=device)
+    label = torch.zeros((batch_size, 1, *shapes.label), dtype=torch.int16, device=device)
+    fine = (batch_size, shapes.truth_channels, *shapes.label)
+    return Batch(image, label, torch.zeros(fine, device=device) if shapes.truth_channels else None, shapes.grid)
 
 
 def batches(samples: Samples, *, batch_size: int, first_step: int, workers: int) -> Iterator[Batch]:
@@ -151,7 +198,7 @@ def _from_thread(samples: Samples, batch_size: int, first_step: int) -> Iterator
         step = first_step
         try:
             while not closed.is_set():
-                put(_collate([samples[step, index] for index in range(batch_size)]))
+                put(collate([samples[step, index] for index in range(batch_size)]))
                 step += 1
         except BaseException as error:  # handed over: it is raised where the batch is taken
             put(error)
@@ -191,22 +238,22 @@ def _compute_alone() -> None:
     torch.set_num_threads(1)
 
 
-class _Guarded(Dataset[tuple[Tensor, Tensor] | AutosegError]):
+class _Guarded(Dataset[Sample | AutosegError]):
     """Samples, or the error in their place: a DataLoader would wrap a worker's traceback into the sentence."""
 
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[Tensor, Tensor] | AutosegError:
+    def __getitem__(self, position: tuple[int, int]) -> Sample | AutosegError:
         try:
             return self.samples[position]
         except AutosegError as error:
             return error
 
 
-def _collate_guarded(samples: list[tuple[Tensor, Tensor] | AutosegError]) -> Batch | AutosegError:
+def _collate_guarded(samples: list[Sample | AutosegError]) -> Batch | AutosegError:
     errors = [sample for sample in samples if isinstance(sample, AutosegError)]
-    return errors[0] if errors else _collate([sample for sample in samples if not isinstance(sample, AutosegError)])
+    return errors[0] if errors else collate([sample for sample in samples if not isinstance(sample, AutosegError)])
 
 
 def _begin_worker(_: int) -> None:

@@ -23,7 +23,7 @@ from autoseg.errors import CheckpointError, PlanError, StorageError, unknown_cho
 from autoseg.labels import Labels
 from autoseg.plan import Configuration, Plan
 from autoseg.preprocessing.store import Store
-from autoseg.training.batches import Samples, batches, default_workers
+from autoseg.training.batches import Batch, Samples, batches, collate, default_workers
 from autoseg.training.folds import load_or_make_folds, select_fold
 from autoseg.training.history import History, Row, draw_curve
 from autoseg.training.schedule import in_decay, learning_rate_factor
@@ -141,7 +141,9 @@ def train_fold(
     )  # fmt: skip
 
     torch.manual_seed(seed)
-    state = build_training(settings.architecture, plan.labels, RECIPES[recipe_name], torch_device)
+    state = build_training(
+        settings.architecture, plan.labels, RECIPES[recipe_name], torch_device, configuration=settings
+    )
     identity = {"plan": plan.id, "configuration": configuration, "fold": fold, "seed": seed, "recipe": recipe_name}
     identity["cases"] = hashlib.sha256("\n".join(split.train).encode()).hexdigest()[:12]
     run = _Run(plan, settings, fold, folder, limits, state, identity)
@@ -206,7 +208,9 @@ def _optimise(
             rate = state.recipe.learning_rate * learning_rate_factor(state.recipe.schedule, progress)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            losses.append(training_step(state, batch.image.to(device), batch.label.to(device), precision=precision))
+            truth = None if batch.truth is None else batch.truth.to(device)
+            image, label = batch.image.to(device), batch.label.to(device)
+            losses.append(training_step(state, image, label, precision=precision, truth=truth, grid=batch.grid))
             run.elapsed = clock() - began
             progress = limits.progress(state.step, run.elapsed)
 
@@ -262,30 +266,34 @@ def _limits(settings: Configuration, *, seconds: float | None, steps: int | None
 
 
 class OnlineDice:
-    """Dice of the predicting network on a fixed set of held-out patches: a trend, not a score."""
+    """Dice of the predicting network on a fixed set of held-out patches, on the output grid: a trend, not a score."""
 
     def __init__(self, samples: Samples, labels: Labels, *, device: torch.device, batch_size: int) -> None:
         self.labels, self.device = labels, device
+        if not samples.configuration.architecture.output_channels:  # an image alone
+            self.batches: list[Batch] = []
+            return
         first = samples[0, 0]
-        bytes_each = sum(tensor.nbytes for tensor in first)
+        bytes_each = first.image.nbytes + first.label.nbytes
         count = max(1, min(VALIDATION_PATCHES, VALIDATION_BYTES // bytes_each))
         size = min(batch_size, count)
-        pairs = [first, *(samples[i // size, i % size] for i in range(1, count))]
-        self.images = torch.split(torch.stack([image for image, _ in pairs]), size)
-        self.truth = torch.split(torch.stack([label for _, label in pairs]), size)
+        chosen = [first, *(samples[i // size, i % size] for i in range(1, count))]
+        kept = [sample._replace(truth=None) for sample in chosen]
+        self.batches = [collate(kept[i : i + size]) for i in range(0, count, size)]
 
     @torch.inference_mode()
     def __call__(self, state: TrainingState, *, precision: torch.dtype | None) -> tuple[float | None, ...]:
-        """Dice of each structure over all patches together; None where neither shows it."""
+        """Dice of each structure over all patches together; None where neither shows it, and without class logits."""
         network = state.predictor
         was_training = network.training
         network.eval()
         overlap = np.zeros(len(self.labels.names))
         size = np.zeros(len(self.labels.names))
-        for image, truth in zip(self.images, self.truth, strict=True):
+        for batch in self.batches:
             with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
-                logits = network(image.to(self.device))[0]
-            for i, (predicted, true) in enumerate(_masks(logits.float().cpu(), truth.numpy(), self.labels)):
+                finest = network(batch.image.to(self.device), batch.grid)[0]
+            logits = finest[:, : self.labels.output_channels].float().cpu()
+            for i, (predicted, true) in enumerate(_masks(logits, batch.label.numpy(), self.labels)):
                 overlap[i] += np.count_nonzero(predicted & true)
                 size[i] += np.count_nonzero(predicted) + np.count_nonzero(true)
         network.train(was_training)
@@ -413,6 +421,7 @@ class _Run:
 def _tensors(state: TrainingState) -> dict[str, Tensor]:
     """Everything that a step changes, by name."""
     tensors = {f"network/{name}": tensor for name, tensor in state.network.state_dict().items()}
+    tensors |= {f"loss/{name}": tensor for name, tensor in state.loss.state_dict().items()}
     if state.ema is not None:
         tensors |= {f"ema/{name}": tensor for name, tensor in state.ema.state_dict().items()}
     for i, entry in state.optimizer.state_dict()["state"].items():
@@ -428,6 +437,7 @@ def _restore(state: TrainingState, tensors: dict[str, Tensor]) -> None:
         return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
     state.network.load_state_dict(part("network/"))
+    state.loss.load_state_dict(part("loss/"))
     if state.ema is not None:
         state.ema.load_state_dict(part("ema/"))
     moments: dict[int, dict[str, Tensor]] = {}

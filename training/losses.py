@@ -1,14 +1,23 @@
-"""Logits and label maps -> a loss: soft Dice + cross-entropy, deep supervision, regions, ignore label."""
+"""What a network answers, and the truth -> a loss: soft Dice + cross-entropy, deep supervision, fine images."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoseg.acquisition import degrade
+from autoseg.errors import PlanError, unknown_choice
 from autoseg.labels import Labels
+from autoseg.networks.upsampling import OutputGrid
+from autoseg.plan import Acquisition, Architecture, Configuration, Vector
+from autoseg.training.samples import has_fine_image
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class finite (nnU-Net's)
+LEAST_SPREAD = 1e-3  # of a feature over a batch; below it the feature says nothing there and is not blown up
 
 
 class DiceCrossEntropy(nn.Module):
@@ -81,8 +90,15 @@ class DeepSupervision(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, logits: list[Tensor], label: Tensor) -> Tensor:
-        """Logits, finest first, and the label at the finest scale -> scalar."""
+    def forward(
+        self,
+        logits: list[Tensor],
+        label: Tensor,
+        truth: Tensor | None = None,
+        image: Tensor | None = None,
+        grid: OutputGrid | None = None,
+    ) -> Tensor:
+        """Logits, finest first, and the label at the finest scale -> scalar. What is for images is not looked at."""
         weights = [0.5**i for i in range(len(logits))]
         total = torch.zeros((), device=label.device)
         for weight, scale in zip(weights, logits, strict=True):
@@ -93,6 +109,189 @@ class DeepSupervision(nn.Module):
         return total
 
 
-def build_loss(labels: Labels) -> DeepSupervision:
-    """The training loss for a set of labels."""
-    return DeepSupervision(DiceCrossEntropy(labels))
+@dataclass(frozen=True)
+class Restoration:
+    """An image that a network answered with, and what it is compared with; all in the units of the input."""
+
+    predicted: Tensor
+    """(B, I, *grid.shape) float32."""
+    truth: Tensor | None
+    """The same shape; None where no fine image is known."""
+    image: Tensor
+    """(B, I, Z, Y, X) float32: the input, without its halo."""
+    grid: OutputGrid
+    """Where the predicted voxels lie in the input."""
+    acquisition: Acquisition | None
+    """How the input came from the fine image; None where it is not known."""
+    filters: Tensor | None = None
+    """(F, I, kz, ky, kx): the first filters of the network, detached."""
+
+    @property
+    def known(self) -> Tensor:
+        """The fine image, where there must be one."""
+        assert self.truth is not None, "terms that need the fine image are left out where there is none"
+        return self.truth
+
+
+def _l1(r: Restoration) -> Tensor:
+    return F.l1_loss(r.predicted, r.known)
+
+
+def _high_frequency(r: Restoration) -> Tensor:
+    """Mean size of the difference of the spectra above half the input's Nyquist frequency, along each refined axis."""
+    difference = r.predicted - r.known
+    terms = []
+    for axis, scale in enumerate(r.grid.scale):
+        if scale > 1:
+            # component k has k / voxels cycles a fine voxel; the input's Nyquist frequency is 0.5 / scale
+            above = int(difference.shape[axis + 2] * 0.25 / scale) + 1
+            spectrum = torch.fft.rfft(difference, dim=axis + 2, norm="ortho")
+            terms.append(spectrum.movedim(axis + 2, -1)[..., above:].abs().mean())
+    return torch.stack(terms).mean() if terms else difference.sum() * 0
+
+
+def _perceptual(r: Restoration) -> Tensor:
+    """L1 between what the network's own first filters see in both images, each in units of its spread in the truth.
+
+    So what segmentation looks at counts: edges and textures that the filters have learned to answer to. The filters are
+    linear: one convolution of the difference on the fine grid. They are detached, or the loss would be lowered by
+    making them blind.
+    """
+    assert r.filters is not None, "the builder gives the filters of the network"
+    padding = [size // 2 for size in r.filters.shape[2:]]
+    with torch.no_grad():
+        spread = F.conv3d(r.known, r.filters, padding=padding).std(dim=(0, 2, 3, 4), correction=0)
+    filters = r.filters / spread.clamp(min=LEAST_SPREAD)[:, None, None, None, None]
+    return F.conv3d(r.predicted - r.known, filters, padding=padding).abs().mean()
+
+
+def _consistency(r: Restoration) -> Tensor:
+    """L1 between the input and what the forward model makes of the answer.
+
+    Images alone: where a label is known on the output grid, it says all that its thick slices could say.
+    """
+    assert r.acquisition is not None, "check_plan asks for one"
+    return F.l1_loss(degrade(r.predicted, r.grid.scale, r.acquisition), r.image)
+
+
+IMAGE_LOSSES: dict[str, Callable[[Restoration], Tensor]] = {
+    "l1": _l1,
+    "high_frequency": _high_frequency,
+    "perceptual": _perceptual,
+    "consistency": _consistency,
+}
+WITHOUT_TRUTH = ("consistency",)  # terms for which no fine image need be known
+
+
+class SuperResolutionLoss(nn.Module):
+    """Segmentation on the output grid and on the coarser ones, and the fine image, weighted against each other.
+
+    The weights are learned (Kendall et al. 2018): each task counts exp(-w) L + w, with L 0 at best. A task that stands
+    alone is not weighted.
+    """
+
+    weights: nn.Parameter | None
+
+    def __init__(
+        self,
+        segmentation: nn.Module,
+        *,
+        classes: int,
+        image_channels: int,
+        terms: Sequence[str],
+        scale: Vector,
+        halo: int = 0,
+        acquisition: Acquisition | None = None,
+        filters: Callable[[], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.segmentation = segmentation
+        self.classes, self.image_channels = classes, image_channels
+        self.terms = tuple(terms)
+        self.scale, self.halo = scale, halo
+        self.acquisition, self.filters = acquisition, filters
+        both = classes > 0 and image_channels > 0
+        self.register_parameter("weights", nn.Parameter(torch.zeros(2)) if both else None)
+
+    def forward(
+        self,
+        outputs: list[Tensor],
+        label: Tensor,
+        truth: Tensor | None = None,
+        image: Tensor | None = None,
+        grid: OutputGrid | None = None,
+    ) -> Tensor:
+        """What the network answers, finest first; label (B, 1, *fine), truth (B, I, *fine) and input -> scalar.
+
+        The finest answer holds the class logits, then the image. Without `grid` the answer covers the input's extent.
+        """
+        finest = outputs[0].float()
+        losses = []
+        if self.classes:
+            losses.append(self.segmentation([finest[:, : self.classes], *outputs[1:]], label) + 1)
+        if self.image_channels:
+            assert image is not None, "an image is compared with the input"
+            losses.append(self._image(finest[:, self.classes :], truth, image, grid))
+        if self.weights is None:
+            return losses[0]
+        return (torch.exp(-self.weights) * torch.stack(losses) + self.weights).sum()
+
+    def _image(self, predicted: Tensor, truth: Tensor | None, image: Tensor, grid: OutputGrid | None) -> Tensor:
+        z, y, x = predicted.shape[2:]
+        restoration = Restoration(
+            predicted,
+            truth,
+            image[:, : self.image_channels, self.halo : image.shape[2] - self.halo].float(),
+            grid or OutputGrid((z, y, x), self.scale),
+            self.acquisition,
+            self.filters() if self.filters is not None and "perceptual" in self.terms else None,
+        )
+        return torch.stack([IMAGE_LOSSES[name](restoration) for name in self.terms]).sum()
+
+
+def build_loss(
+    labels: Labels,
+    architecture: Architecture | None = None,
+    *,
+    configuration: Configuration | None = None,
+    filters: Callable[[], Tensor] | None = None,
+) -> nn.Module:
+    """The training loss for a set of labels, and for the image that a network of this architecture answers with.
+
+    Of a configuration the image terms and the forward model are taken; without one the image is compared by L1.
+    `filters` gives the network's first filters (F, I, kz, ky, kx), detached. Raises PlanError for an unknown term, and
+    where no term is left because no fine image is known.
+    """
+    segmentation = DeepSupervision(DiceCrossEntropy(labels))
+    if architecture is None or architecture.head == "plain":
+        return segmentation
+    terms = configuration.training.image_losses if configuration is not None else ("l1",)
+    unknown = next((name for name in terms if name not in IMAGE_LOSSES), None)
+    if unknown is not None:
+        raise PlanError(unknown_choice("Image loss", unknown, IMAGE_LOSSES))
+    if configuration is not None and not has_fine_image(architecture, configuration.sr_source):
+        terms = tuple(name for name in terms if name in WITHOUT_TRUTH)
+    if architecture.image_channels and not terms:
+        raise PlanError(
+            "Nothing says what the super-resolved image should be: without fine images image_losses must have "
+            f"{' or '.join(WITHOUT_TRUTH)}."
+        )
+    return SuperResolutionLoss(
+        segmentation,
+        classes=architecture.output_channels,
+        image_channels=architecture.image_channels,
+        terms=terms,
+        scale=configuration.sr_scale if configuration is not None else architecture.head_scale,
+        halo=architecture.halo,
+        acquisition=configuration.acquisition if configuration is not None else None,
+        filters=filters,
+    )
+
+
+def first_filters(network: nn.Module, architecture: Architecture) -> Tensor:
+    """The network's first filters of the image channels, (F, I, kz, ky, kx), detached; of stacks the middle slice's."""
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
+    weight = first.weight.detach().float()
+    weight = weight.unsqueeze(2) if weight.ndim == 4 else weight
+    weight = weight.unflatten(1, (architecture.input_channels, -1))
+    return weight[:, : architecture.image_channels, weight.shape[2] // 2]

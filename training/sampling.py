@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.plan import Shape
+from autoseg.plan import Shape, Vector
+from autoseg.preprocessing.framed import NETWORK_AXES, SAME_GRID, FramedEntry
 from autoseg.preprocessing.store import ANNOTATED, Store, StoreEntry
 from autoseg.training.settings import FOREGROUND_FRACTION
 
@@ -19,7 +20,9 @@ class Patch:
 
     case: str
     start: Shape
-    """First voxel (z, y, x) on the case's preprocessed grid."""
+    """First voxel on the grid of the case's preprocessed image, along the axes of `frame`."""
+    frame: Shape = NETWORK_AXES
+    """The order of the network axes in which the patch is seen."""
 
 
 class PatchSampler:
@@ -28,10 +31,18 @@ class PatchSampler:
     A third of each batch is centred on foreground (nnU-Net). For these the class is drawn first, in proportion to the
     square root of the number of cases that show it, then a case that shows it, then one of its voxels: a class that
     few cases have gets its turn without its cases crowding out the others. All other patches lie anywhere in a case
-    drawn evenly or, with an ignore label, around an annotated voxel.
+    drawn evenly or, with an ignore label, around an annotated voxel. Of several frames each patch draws one.
     """
 
-    def __init__(self, store: Store, cases: Sequence[str], *, batch_size: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        cases: Sequence[str],
+        *,
+        batch_size: int,
+        frames: Sequence[Shape] = (NETWORK_AXES,),
+        label_scale: Vector = SAME_GRID,
+    ) -> None:
         self.cases = tuple(sorted(cases))
         self.entries: Mapping[str, StoreEntry] = {case: store.entry(case) for case in self.cases}
         present: dict[str, list[str]] = {}
@@ -42,30 +53,36 @@ class PatchSampler:
         self.having = {name: tuple(cases) for name, cases in sorted(present.items())}
         weights = np.sqrt([len(cases) for cases in self.having.values()])
         self.weights = weights / weights.sum() if len(weights) else weights
+        self.frames, self.label_scale = tuple(frames), label_scale
         self.batch_size = batch_size
         self.forced_from = batch_size - max(1, round(batch_size * FOREGROUND_FRACTION))
 
     def draw(self, generator: np.random.Generator, *, index: int, size: Shape) -> Patch:
-        """A patch of `size` voxels for position `index` of a batch."""
+        """A patch of `size` voxels of the image for position `index` of a batch."""
+        single_frame = len(self.frames) == 1
+        frame = self.frames[0 if single_frame else int(generator.integers(len(self.frames)))]
         single = self.batch_size == 1  # then it is a third of the batches
         forced = generator.random() < FOREGROUND_FRACTION if single else index >= self.forced_from
         if forced and self.having:
             name = tuple(self.having)[generator.choice(len(self.having), p=self.weights)]
             case = _pick(self.having[name], generator)
-            return self._around(case, name, generator, size)
+            return self._around(self.entry(case, frame), name, generator, size)
         if self.annotated:
-            return self._around(_pick(self.annotated, generator), ANNOTATED, generator, size)
+            return self._around(self.entry(_pick(self.annotated, generator), frame), ANNOTATED, generator, size)
         case = _pick(self.cases, generator)
-        shape = self.entries[case].shape
+        shape = self.entry(case, frame).shape
         start = [_start_within(n, s, generator) for n, s in zip(shape, size, strict=True)]
-        return Patch(case, (start[0], start[1], start[2]))
+        return Patch(case, (start[0], start[1], start[2]), frame)
 
-    def _around(self, case: str, name: str, generator: np.random.Generator, size: Shape) -> Patch:
-        entry = self.entries[case]
+    def entry(self, case: str, frame: Shape) -> FramedEntry:
+        """A case as it is seen in `frame`."""
+        return FramedEntry(self.entries[case], frame, self.label_scale)
+
+    def _around(self, entry: FramedEntry, name: str, generator: np.random.Generator, size: Shape) -> Patch:
         voxels = entry.foreground(name)
         centre = voxels[generator.integers(len(voxels))]
         start = [_clip_start(int(c) - s // 2, n, s) for c, n, s in zip(centre, entry.shape, size, strict=True)]
-        return Patch(case, (start[0], start[1], start[2]))
+        return Patch(entry.case, (start[0], start[1], start[2]), entry.frame)
 
 
 def _pick(names: Sequence[str], generator: np.random.Generator) -> str:
@@ -82,17 +99,40 @@ def _clip_start(start: int, shape: int, size: int) -> int:
     return min(max(start, 0), shape - size) if shape > size else -((size - shape) // 2)
 
 
-def read_patch(entry: StoreEntry, name: str, start: Shape, size: Shape) -> NDArray[np.generic]:
-    """The array `name` of a case in a box that may reach outside (zeros there): (C, *size)."""
+def read_patch(
+    entry: StoreEntry | FramedEntry, name: str, start: Shape, size: Shape, *, replicate: Collection[int] = ()
+) -> NDArray[np.generic]:
+    """The array `name` of a case in a box that may reach outside: (C, *size).
+
+    Outside lie zeros, but along the axes in `replicate` the outermost slice again.
+    """
+    framed = entry if isinstance(entry, FramedEntry) else FramedEntry(entry)
     box, inside = [], []
-    for first, length, shape in zip(start, size, entry.arrays[name].shape[1:], strict=True):
+    for axis, (first, length, shape) in enumerate(zip(start, size, framed.shape_of(name), strict=True)):
         low, high = max(first, 0), min(first + length, shape)
+        if axis in replicate:
+            low, high = min(low, shape - 1), max(high, 1)
         box.append(slice(low, high))
         inside.append(slice(low - first, high - first))
-    part = entry.read(name, (box[0], box[1], box[2]))
+    part = framed.read(name, (box[0], box[1], box[2]))
+    for axis in replicate:
+        low, high = box[axis].start, box[axis].stop
+        voxels = np.clip(np.arange(start[axis], start[axis] + size[axis]), low, high - 1) - low
+        part = part.take(voxels, axis=axis + 1)
+        inside[axis] = slice(None)
     if part.shape[1:] == tuple(size):
         return part
     whole = np.zeros((part.shape[0], *size), part.dtype)
     every_channel = slice(None)
     whole[every_channel, inside[0], inside[1], inside[2]] = part
     return whole
+
+
+def inside_mask(shape: Shape, start: Shape, size: Shape) -> NDArray[np.float32]:
+    """1 where a box of `size` voxels from `start` on lies in an image of `shape` voxels, 0 outside: (1, *size)."""
+    z, y, x = (
+        ((voxels := np.arange(first, first + length)) >= 0) & (voxels < whole)
+        for first, length, whole in zip(start, size, shape, strict=True)
+    )
+    mask: NDArray[np.float32] = (z[:, None, None] & y[:, None] & x).astype(np.float32)
+    return mask[None]

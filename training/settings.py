@@ -33,6 +33,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 FOREGROUND_FRACTION = 1 / 3  # of a batch's patches are centred on a foreground voxel (nnU-Net's 33 %)
+CURRICULUM_STEPS = 200  # of an any-scale training see whole scales alone
 EMA_WIDTH = 0.05  # averaging window of the weights as a fraction of the steps so far
 HISTORY_ROWS = 50  # rows of history.csv in a whole training
 VALIDATION_PATCHES = 16  # held-out patches behind the online Dice of one row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from autoseg.labels import Labels
 from autoseg.networks import UNet, build_network
-from autoseg.plan import Architecture
-from autoseg.training.losses import build_loss
+from autoseg.networks.upsampling import OutputGrid
+from autoseg.plan import Architecture, Configuration
+from autoseg.training.losses import build_loss, first_filters
 from autoseg.training.settings import EMA_WIDTH, Recipe
 
 
@@ -35,22 +37,34 @@ class TrainingState:
 
 
 def build_training(
-    architecture: Architecture, labels: Labels, recipe: Recipe, device: torch.device | str = "cpu"
+    architecture: Architecture,
+    labels: Labels,
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+    *,
+    configuration: Configuration | None = None,
 ) -> TrainingState:
-    """Network, loss, optimiser and averaged weights, ready for the first step."""
+    """Network, loss, optimiser and averaged weights, ready for the first step.
+
+    The loss of a super-resolving network is that of its `configuration`; without one see `build_loss`.
+    """
     with torch.device(device):  # built where they live: the planner's fake tensors could not be moved there, nor copied
-        network, loss = build_network(architecture), build_loss(labels)
+        network = build_network(architecture)
+        filters = functools.partial(first_filters, network, architecture)
+        loss = build_loss(labels, architecture, configuration=configuration, filters=filters)
         ema = build_network(architecture).eval().requires_grad_(False) if recipe.ema else None
     if ema is not None:
         ema.load_state_dict(network.state_dict())
-    return TrainingState(network, loss, build_optimizer(network, recipe), recipe, ema)
+    return TrainingState(network, loss, build_optimizer(network, recipe, loss=loss), recipe, ema)
 
 
-def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser; norms and biases are not decayed under AdamW."""
+def build_optimizer(network: nn.Module, recipe: Recipe, *, loss: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimiser; norms, biases and the task weights of the loss are not decayed under AdamW."""
+    task_weights = list(loss.parameters()) if loss is not None else []
     if recipe.optimizer == "sgd":
+        undecayed: list[dict[str, Any]] = [{"params": task_weights, "weight_decay": 0.0}] if task_weights else []
         return torch.optim.SGD(
-            network.parameters(),
+            [{"params": list(network.parameters())}, *undecayed],
             recipe.learning_rate,
             momentum=recipe.momentum,
             nesterov=True,
@@ -58,20 +72,29 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
         )
     weights = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": [*others, *task_weights], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
 
 
-def training_step(state: TrainingState, image: Tensor, label: Tensor, *, precision: torch.dtype | None) -> Tensor:
+def training_step(
+    state: TrainingState,
+    image: Tensor,
+    label: Tensor,
+    *,
+    precision: torch.dtype | None,
+    truth: Tensor | None = None,
+    grid: OutputGrid | None = None,
+) -> Tensor:
     """Forward, backward, clip, update, average.
 
-    Image (B, C, Z, Y, X) float32, label (B, 1, Z, Y, X) integer, both on the network's device; `precision` is the
-    autocast dtype or None for float32. Returns the loss (scalar, detached).
+    Image (B, C, Z + 2 halo, Y, X) float32, label (B, 1, Z, Y, X) integer, both on the network's device; `precision` is
+    the autocast dtype or None for float32. For super-resolution the label and `truth` (B, I, *grid.shape) float32, if
+    there is one, lie on `grid`. Returns the loss (scalar, detached).
     """
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(image.device.type, dtype=precision, enabled=precision is not None):
-        logits = state.network(image)
-    loss: Tensor = state.loss(logits, label)
+        outputs = state.network(image, grid)
+    loss: Tensor = state.loss(outputs, label, truth, image, grid)
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(state.network.parameters(), state.recipe.clip_norm)
     state.optimizer.step()

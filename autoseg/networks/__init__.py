@@ -1,5 +1,6 @@
 """Networks, built from an `Architecture` and nothing else."""
 
 from autoseg.networks.unet import UNet, build_network
+from autoseg.networks.upsampling import OutputGrid
 
-__all__ = ["UNet", "build_network"]
+__all__ = ["OutputGrid", "UNet", "build_network"]

@@ -17,15 +17,47 @@ NORMS: dict[int, type[nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution (same padding), instance normalisation, leaky ReLU."""
+    """Convolution, instance normalisation, leaky ReLU. Same padding, but along the axes where `padded` is 0."""
 
-    def __init__(self, inputs: int, outputs: int, *, kernel: Shape, stride: Shape, dimensions: int) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, kernel: Shape, stride: Shape, dimensions: int, padded: Shape = (1, 1, 1)
+    ) -> None:
         k, s = kernel[-dimensions:], stride[-dimensions:]
+        padding = tuple(size // 2 * here for size, here in zip(k, padded[-dimensions:], strict=True))
         super().__init__(
-            CONVOLUTIONS[dimensions](inputs, outputs, k, s, padding=tuple(size // 2 for size in k)),
+            CONVOLUTIONS[dimensions](inputs, outputs, k, s, padding=padding),
             NORMS[dimensions](outputs, eps=1e-5, affine=True),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
         )
+
+
+class GridConv(nn.Module):
+    """A convolution (same padding) of volumes; slice by slice in a network of 2D layers."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, dimensions: int) -> None:
+        super().__init__()
+        self.dimensions = dimensions
+        self.conv = CONVOLUTIONS[dimensions](inputs, outputs, size, padding=size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, Z, Y, X) -> (B, outputs, Z, Y, X)."""
+        y: Tensor = self.conv(slices_as_batch(x, self.dimensions))
+        return slices_as_volumes(y, len(x), self.dimensions)
+
+    def zero(self) -> None:
+        """From now on every answer is zero, until a step of training."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+def slices_as_batch(x: Tensor, dimensions: int) -> Tensor:
+    """What layers of so many dimensions take: (B, C, Z, Y, X) as it is, or for 2D layers as (B * Z, C, Y, X)."""
+    return x.transpose(1, 2).flatten(0, 1) if dimensions == 2 else x
+
+
+def slices_as_volumes(x: Tensor, batch: int, dimensions: int) -> Tensor:
+    """The inverse of `slices_as_batch`, for a batch of so many volumes."""
+    return x.reshape(batch, -1, *x.shape[1:]).transpose(1, 2) if dimensions == 2 else x
 
 
 class PlainStage(nn.Sequential):

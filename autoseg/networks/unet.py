@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autoseg.networks.blocks import CONVOLUTIONS, LEAKY_SLOPE, TRANSPOSED, build_stage
+from autoseg.networks.blocks import (
+    CONVOLUTIONS,
+    LEAKY_SLOPE,
+    TRANSPOSED,
+    build_stage,
+    slices_as_batch,
+    slices_as_volumes,
+)
+from autoseg.networks.context import build_context
+from autoseg.networks.fusion import ReferenceFusion, covering
+from autoseg.networks.upsampling import OutputGrid, build_head, interpolate
 from autoseg.plan import Architecture
 
 
@@ -13,7 +23,9 @@ class UNet(nn.Module):
     """Encoder, decoder with skip connections, 1x1 convolutions as heads of the scored decoder stages.
 
     A network whose kernels and strides are all 1 along z is built from 2D layers; it takes the slices of a volume
-    as a batch, so input and output are (B, C, Z, Y, X) for every topology.
+    as a batch, so input and output are (B, C, Z, Y, X) for every topology. In 2.5D a context brings the neighbouring
+    slices into each slice's channels first. A super-resolving network has an up head that brings the last features
+    to the output grid, and a reference image joins there through a fusion block.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -23,7 +35,9 @@ class UNet(nn.Module):
         self.dimensions = 2 if flat else 3
         self.divisor = a.divisor
         self.deep_supervision = a.deep_supervision
-        widths = [a.input_channels, *a.features]
+        self.halo, self.image_channels, self.head_scale = a.halo, a.image_channels, a.head_scale
+        self.context = build_context(a)
+        widths = [self.context.outputs, *a.features]
         self.encoder = nn.ModuleList(
             build_stage(
                 a.block,
@@ -53,20 +67,55 @@ class UNet(nn.Module):
                     dimensions=self.dimensions,
                 )
             )
-            if i < scored:
+            if i < scored and a.output_channels:
                 self.heads.append(CONVOLUTIONS[self.dimensions](a.features[i], a.output_channels, 1))
-        if not self.decoder:  # one stage: no pooling at all
+        if not self.decoder and a.output_channels:  # one stage: no pooling at all
             self.heads.append(CONVOLUTIONS[self.dimensions](a.features[0], a.output_channels, 1))
+        self.up_head = build_head(a, dimensions=self.dimensions)
+        self.fusion = ReferenceFusion(a, dimensions=self.dimensions) if a.reference_channels else None
         self.apply(_initialise)
+        for added in (self.up_head, self.fusion):
+            if added is not None:
+                added.last.zero()
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, C, Z, Y, X), divisible by `divisor` -> logits (B, K, Z, Y, X), finest first.
+    def forward(
+        self,
+        x: Tensor,
+        grid: OutputGrid | None = None,
+        reference: Tensor | None = None,
+        reference_grid: OutputGrid | None = None,
+    ) -> list[Tensor]:
+        """Images (B, C, Z + 2 halo, Y, X) -> logits (B, K, Z, Y, X), finest first; Z, Y, X divisible by `divisor`.
 
         In training mode with deep supervision one tensor for each scored decoder stage; otherwise only the finest.
+        A super-resolving network answers on `grid` first: (B, K + I, *grid.shape), float32, class logits, then image;
+        what deep supervision adds are the logits on the input grid and those of the coarser stages. Without a grid it
+        answers at its own scale over the whole input. A plain network heeds no grid. A network with reference channels
+        needs the reference (B, R, *reference_grid.shape); without a grid it covers what the input does.
         """
-        batch, _, slices = x.shape[:3]
-        if self.dimensions == 2:
-            x = x.transpose(1, 2).flatten(0, 1)
+        features, logits = self._on_input_grid(x)
+        if self.up_head is None and self.fusion is None:
+            return logits
+        image = x[:, : self.image_channels, self.halo : x.shape[2] - self.halo]
+        if grid is None or self.up_head is None:
+            depth, height, width = image.shape[2:]
+            grid = OutputGrid.of((depth, height, width), self.head_scale)
+        parts = [interpolate(part.float(), grid) for part in (*logits[:1], image) if part.shape[1]]
+        finest = torch.cat(parts, dim=1)
+        if self.up_head is not None and max(grid.scale) > 1:  # at scale 1 there is nothing to add
+            finest = finest + self.up_head(features, grid)
+        if self.fusion is not None:
+            if reference is None:
+                raise ValueError("This network needs a reference image, and none was given.")
+            finest = finest + self.fusion(features, reference, reference_grid or covering(reference, image), grid)
+        coarser = logits if self.up_head is not None else logits[1:]
+        return [finest, *coarser] if self.training and self.deep_supervision else [finest]
+
+    def _on_input_grid(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The last features and the logits of the scored decoder stages, finest first, all (B, ..., Z, Y, X)."""
+        x = self.context(x)
+        batch = len(x)
+        x = slices_as_batch(x, self.dimensions)
         skips = []
         for stage in self.encoder:
             x = stage(x)
@@ -79,12 +128,11 @@ class UNet(nn.Module):
             x = stage(torch.cat((up(x), skips.pop()), dim=1))
             if i >= first_head and (every or i == len(self.decoder) - 1):
                 logits.append(self.heads[i - first_head](x))
-        if not self.decoder:
+        if not self.decoder and self.heads:
             logits.append(self.heads[0](x))
         logits.reverse()
-        if self.dimensions == 2:
-            logits = [y.unflatten(0, (batch, slices)).transpose(1, 2) for y in logits]
-        return logits
+        logits = [slices_as_volumes(y, batch, self.dimensions) for y in logits]
+        return slices_as_volumes(x, batch, self.dimensions), logits
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,0 +1,583 @@
+"""A fingerprint, a grid and what the user asked -> whether super-resolution is planned, from what truth, at what scale.
+
+Scales and spacings are along the network axes, coarsest first, but for what the user writes: that follows the axes of
+the raw files' arrays, (z, y, x). Only `label_ceiling` reads files: the labels of a few cases.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from autoseg.acquisition import offset, slice_weights, slices
+from autoseg.dataset import Case, RawDataset, read_label
+from autoseg.errors import PlanError, unknown_choice
+from autoseg.executor import map_cases
+from autoseg.experiment_planning.fingerprint import Fingerprint
+from autoseg.experiment_planning.grid import GridRules
+from autoseg.experiment_planning.notes import Notes, sizes
+from autoseg.geometry import canonical_axes, turn_array
+from autoseg.labels import Labels
+from autoseg.metrics import dice
+from autoseg.plan import LARGEST_SCALE, Acquisition, PreprocessingSettings, Vector, to_json
+
+NAMES = ("3d_sr", "3d_sr_any", "2d_sr", "2.5d_stack_sr")
+TASKS = ("joint", "segmentation", "super_resolution")
+
+SNAP = 0.05  # a scale so close to a whole number, relative to it, takes that
+SMALLEST_SCALE = 1.3  # below it interpolation loses nothing that a network could give back
+AUTOMATIC_SCALE = 4.0  # the largest that is planned without being asked for
+SHOWN_SCALE = 6.0  # Dual-ArbNet trains and tests up to it and calls more out of distribution
+SMALLEST_ANY_SCALE = 1.5  # of an any-scale network (Dual-ArbNet's)
+PAYS_BELOW = 0.95  # C(s) from which on labels lose nothing that super-resolution could give back
+THICK = 3.0  # through-plane by in-plane spacing from which on a dataset counts as thick slices only
+TWICE = 2.0  # a case so many times as fine as the target domain can show what is missing there
+FINE_CASES, FINE_SHARE = 10, 0.2  # such cases that a training needs: so many, and this share of all
+SPREAD = 0.10  # of the slice spacing between cases, relative to the median, beyond which one scale is too few
+THICKNESS_UNKNOWN = (0.5, 1.1)  # of the spacing: from which the slice thickness is drawn where nothing is known of it
+CEILING_CASES = 20  # whose labels are brought down and up again: seconds, and close to the mean over all
+
+CT = re.compile(r"(?<![a-z])ct(?![a-z])")
+MRI = re.compile(r"mri|flair|(?<![a-z])(?:mr(?![a-z])|t[12](?!\d)|pdw?(?![a-z])|adc|dwi|swi)")
+WORLD_AXIS = {"S": 0, "I": 0, "P": 1, "A": 1, "L": 2, "R": 2}  # letter of an orientation -> canonical axis
+
+Ceiling = Callable[[Vector], float]
+"""C(s): what `label_ceiling` says of a scale along the canonical axes."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wants of super-resolution; spacings and scales along the axes (z, y, x) of the files' arrays."""
+
+    input_spacing: Vector | None = None
+    """Of the images that will be met in use, in mm."""
+    output_spacing: Vector | None = None
+    """Of the labels (and images) that are wanted, in mm."""
+    scale: tuple[float, ...] | None = None
+    """Input / output spacing: one number, along the coarsest axis, or three."""
+    task: str = "joint"
+    """One of TASKS: labels and image, labels alone, image alone."""
+
+    @property
+    def anything(self) -> bool:
+        """Whether grids were asked for."""
+        return bool(self.input_spacing or self.output_spacing or self.scale)
+
+    def check(self) -> None:
+        """Raises PlanError naming the option whose value cannot be."""
+        if self.task not in TASKS:
+            raise PlanError(unknown_choice("--task", self.task, TASKS))
+        for option, spacing in (("--input-spacing", self.input_spacing), ("--output-spacing", self.output_spacing)):
+            if spacing is not None and not all(0 < s < math.inf for s in spacing):
+                raise PlanError(f"{option} {_text(spacing)}: a spacing is above 0 mm along each of (z, y, x).")
+        if self.scale is not None and len(self.scale) not in (1, 3):
+            raise PlanError(f"--sr-scale {_text(self.scale)}: give one number, or three for (z, y, x).")
+        for s in self.scale or ():
+            if not 1 <= s <= LARGEST_SCALE:
+                raise PlanError(
+                    f"--sr-scale {_text(self.scale or ())}: a scale, input / output spacing, is from 1 to "
+                    f"{LARGEST_SCALE:g}, got {s:g}."
+                )
+
+
+@dataclass(frozen=True)
+class SuperResolution:
+    """From which grid to which, and where the truth comes from."""
+
+    source: str
+    """degraded, paired or self; see `plan.SR_SOURCES`."""
+    scale: Vector
+    """Input spacing / output spacing; of `self` the one along the thick axis."""
+    output_spacing: Vector
+    """In mm."""
+    acquisition: Acquisition | None
+    task: str = "joint"
+    spread: tuple[float, float] | None = None
+    """Smallest and largest scale between the cases that will be met, where they differ by more than 10 %."""
+
+    @property
+    def input_spacing(self) -> Vector:
+        """In mm."""
+        z, y, x = (float(f"{s * f:.6g}") for s, f in zip(self.output_spacing, self.scale, strict=True))
+        return z, y, x
+
+    @property
+    def store_spacing(self) -> Vector:
+        """Of the preprocessed images in mm: fine where inputs are made of them, else that of the inputs."""
+        return self.output_spacing if self.source == "degraded" else self.input_spacing
+
+    @property
+    def any_range(self) -> tuple[float, float]:
+        """The scales that an any-scale network is trained for."""
+        largest = max(self.scale)
+        return self.spread or (min(SMALLEST_ANY_SCALE, largest), largest)
+
+    @property
+    def segments(self) -> bool:
+        """Whether labels are answered."""
+        return self.task != "super_resolution"
+
+    @property
+    def restores_images(self) -> bool:
+        """Whether images are answered; finer labels alone are no truth for an image."""
+        return self.task != "segmentation" and self.source != "paired"
+
+    def with_label_scale(self, settings: PreprocessingSettings) -> PreprocessingSettings:
+        """Settings of a store that keeps finer labels beside its images, where these are the truth."""
+        return replace(settings, label_scale=self.scale) if self.source == "paired" else settings
+
+    def names(self, dimensions: int) -> tuple[str, ...]:
+        """The configurations that are planned for it where none is named."""
+        if self.source == "self" or dimensions == 2:
+            return ("2d_sr",)
+        return ("3d_sr_any",) if self.spread else ("3d_sr",)
+
+
+def choose_super_resolution(
+    fingerprint: Fingerprint,
+    grid: GridRules,
+    asked: Asked,
+    *,
+    named: bool,
+    ceiling: Ceiling | None,
+    notes: Notes,
+) -> SuperResolution | None:
+    """The super-resolution that the user or the dataset asks for; None where neither does.
+
+    `named`: a super-resolving configuration was asked for by its name, so scales up to 8 count and C(s) may be high.
+    Raises PlanError where what was asked for cannot be.
+    """
+    asked.check()
+    question = _Question(fingerprint, grid, asked.task, named, ceiling)
+    if asked.anything:
+        notes.add("super_resolution.asked", to_json(asked), "given on the command line.", kind="fixed")
+        found: _Answer = _from_the_user(question, asked)
+    else:
+        against = []
+        for rule in (_from_finer_labels, _from_finer_cases, _from_the_plane):
+            found = rule(question)
+            if not isinstance(found, str):
+                break
+            against.append(found)
+        else:
+            found = "; ".join(against)
+    if isinstance(found, str):
+        notes.add("super_resolution", False, found + ".")
+        return None
+    resolution, because = found
+    if not (resolution.segments or resolution.restores_images):
+        raise PlanError(
+            f"--task {resolution.task} needs fine images, {fingerprint.dataset} has finer labels alone; leave it out."
+        )
+    because += question.says_ceiling(resolution)
+    largest = max(resolution.scale)
+    if largest > SHOWN_SCALE:
+        because += (
+            f"; a scale above {SHOWN_SCALE:g}, here {largest:g}, is outside what has been shown to work: look at the "
+            "results"
+        )
+    notes.add("super_resolution", resolution.scale, because + ".")
+    notes.add("super_resolution.source", resolution.source, _SOURCES[resolution.source])
+    spacing = f"from {sizes(resolution.input_spacing)} to {sizes(resolution.output_spacing)} mm (slices first)"
+    notes.add("super_resolution.output_spacing", resolution.output_spacing, f"{spacing}.")
+    return resolution
+
+
+_SOURCES = {
+    "degraded": "the training images are as fine as the output: thick ones are made of them by the forward model.",
+    "paired": "labels lie on a finer grid than images: they are the truth as they are.",
+    "self": "only thick slices are there: what they miss is learned in the plane and applied through the planes.",
+}
+
+_Answer = tuple[SuperResolution, str] | str
+"""A super-resolution with its reason, or why there is none; both without the full stop."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What every rule looks at."""
+
+    fingerprint: Fingerprint
+    grid: GridRules
+    task: str
+    named: bool
+    ceiling: Ceiling | None
+
+    @property
+    def limit(self) -> float:
+        return LARGEST_SCALE if self.named else AUTOMATIC_SCALE
+
+    def measure(self, scale: Vector) -> float | None:
+        """C(s) of a scale along the network axes."""
+        if self.ceiling is None:
+            return None
+        z, y, x = (scale[self.grid.axis_order.index(axis)] for axis in range(3))
+        return self.ceiling((z, y, x))
+
+    def says_ceiling(self, resolution: SuperResolution) -> str:
+        """What C(s) says of a scale, as the end of a sentence; nothing where it was not measured or is said already."""
+        c = self.measure(resolution.scale) if resolution.source == "degraded" and resolution.segments else None
+        if c is None or math.isnan(c):
+            return ""
+        pays = "thin structures will gain" if c < PAYS_BELOW else "structures are bulky and gain little"
+        return f"; labels brought down to the input grid and up again keep a Dice of {c:.3f}: {pays}"
+
+    def fine_cases(self, target_mm: float) -> list[int]:
+        """Cases whose slices are twice as thin as `target_mm`, where they are enough to learn from."""
+        spacings = self.grid.spacings
+        fine = [case for case, spacing in enumerate(spacings) if spacing[0] * TWICE <= target_mm * (1 + SNAP)]
+        return fine if len(fine) >= max(FINE_CASES, FINE_SHARE * len(spacings)) else []
+
+
+def _from_the_user(question: _Question, asked: Asked) -> _Answer:
+    """Input and output grid from what was given; what was not is the dataset's."""
+    fingerprint, grid = question.fingerprint, question.grid
+    data = grid.spacing
+    given_input = _to_network(asked.input_spacing, fingerprint, grid)
+    given_output = _to_network(asked.output_spacing, fingerprint, grid)
+    scale = _scale_on_network(asked, fingerprint, grid)
+    wanted, output = given_input, given_output
+    if scale is not None:
+        if wanted is not None and output is not None:
+            _check_consistent(wanted, output, scale)
+        elif wanted is not None:
+            output = _divide(wanted, scale)
+        elif output is not None:
+            wanted = _multiply(output, scale)
+        elif data[0] >= THICK * min(data[1:]) and all(s == 1 for s in scale[1:]):
+            wanted, output = data, _divide(data, scale)  # thick slices: finer ones are asked for
+        else:
+            wanted, output = _multiply(data, scale), data
+    if output is None:
+        output = _finest_truth(question, wanted or data)
+    if wanted is None:
+        wanted = data
+    explicit = given_output is not None and scale is None
+    factors = tuple(_scale_of(i, o, explicit=explicit) for i, o in zip(wanted, output, strict=True))
+    if fingerprint.dimensions == 2:
+        factors = (1.0, *factors[1:])
+    if max(factors) == 1:
+        ratio = max(i / o for i, o in zip(wanted, output, strict=True))
+        return (
+            f"input slices of {sizes(wanted)} mm are {ratio:.2g} times as coarse as the output's {sizes(output)} mm: "
+            f"below {SMALLEST_SCALE:g} resampling loses nothing"
+        )
+    resolution = SuperResolution("degraded", _vector(factors), output, None, question.task)
+    because = f"asked for: images of {sizes(resolution.input_spacing)} mm, answers on {sizes(output)} mm"
+    return _with_source(question, resolution, because)
+
+
+def _with_source(question: _Question, resolution: SuperResolution, because: str) -> _Answer:
+    """The source that the dataset has for the grids asked for. Raises PlanError where it has none."""
+    data, scale, output = question.grid.spacing, resolution.scale, resolution.output_spacing
+    scaled = [axis for axis in range(3) if scale[axis] > 1]
+    paired = _label_scale(question)
+    if all(paired[axis] >= scale[axis] * (1 - SNAP) for axis in scaled):
+        return replace(resolution, source="paired"), because
+    if all(data[axis] <= output[axis] * (1 + SNAP) for axis in scaled) or question.fine_cases(output[0] * TWICE):
+        return replace(resolution, acquisition=choose_acquisition(question.fingerprint.channels, scale)), because
+    pixel = max(data[1:])
+    if question.fingerprint.dimensions == 3 and scaled == [0] and pixel <= output[0] * SMALLEST_SCALE:
+        return _self_supervised(question, scale[0], output[0]), because
+    raise PlanError(
+        f"Answers on {sizes(output)} mm (slices first) cannot be learned from {question.fingerprint.dataset}: its "
+        f"images are {sizes(data)} mm, no axis shows so much; ask for a coarser --output-spacing."
+    )
+
+
+def _from_finer_labels(question: _Question) -> _Answer:
+    """Paired data: the median case's label is finer than its image."""
+    scale = _label_scale(question)
+    if max(scale) == 1:
+        return "labels lie on the images' grid"
+    if max(scale) > LARGEST_SCALE:
+        return f"labels are {max(scale):g} times as fine as images, beyond the limit of {LARGEST_SCALE:g}"
+    output = _divide(question.grid.spacing, scale)
+    because = f"labels lie on a grid {sizes(scale)} times as fine as the images' (slices first)"
+    return SuperResolution("paired", scale, output, None, question.task), because
+
+
+def _from_finer_cases(question: _Question) -> _Answer:
+    """Mixed data: enough cases are twice as fine as the median one."""
+    spacings = [spacing[0] for spacing in question.grid.spacings]
+    median = float(np.median(spacings))
+    fine = question.fine_cases(median)
+    count = sum(s * TWICE <= median * (1 + SNAP) for s in spacings)
+    if not fine or question.fingerprint.dimensions == 2:
+        needed = f"at least {FINE_CASES} and {FINE_SHARE:.0%} are needed"
+        return f"{count} of {len(spacings)} cases have slices twice as thin as the median's {median:g} mm ({needed})"
+    target = float(f"{np.median([spacings[case] for case in fine]):.6g}")
+    thick = sorted({s for s in spacings if s > target * SMALLEST_SCALE})
+    scale = snap(median / target)
+    if scale > question.limit:
+        return f"the finest cases are {scale:g} times as fine as the median, beyond the limit of {question.limit:g}"
+    low, high = max(1.0, thick[0] / target), min(thick[-1] / target, LARGEST_SCALE)
+    spread = (round(low, 4), round(high, 4)) if (thick[-1] - thick[0]) / median > SPREAD else None
+    output = (target, *question.grid.spacing[1:])
+    factors = (scale, 1.0, 1.0)
+    acquisition = choose_acquisition(question.fingerprint.channels, factors)
+    because = (
+        f"{count} of {len(spacings)} cases have slices of about {target:g} mm, twice as thin as the median's "
+        f"{median:g} mm or thinner: they show what the others miss"
+    )
+    if spread:
+        because += f"; the others differ, from {thick[0]:g} to {thick[-1]:g} mm: one network for any scale"
+    return SuperResolution("degraded", factors, output, acquisition, question.task, spread), because
+
+
+def _from_the_plane(question: _Question) -> _Answer:
+    """Thick slices only: what is degraded in the plane must be worth giving back."""
+    spacing, pixel = question.grid.spacing, max(question.grid.spacing[1:])
+    if question.fingerprint.dimensions == 2:
+        return "the images are planes"
+    ratio = spacing[0] / min(spacing[1:])
+    if ratio < THICK:
+        return f"slices are {ratio:.1f} times as thick as pixels, thick ones are from {THICK:g} times"
+    scale = snap(spacing[0] / pixel)
+    if scale > question.limit:
+        beyond = "beyond the limit" if question.named else "automatic up to"
+        return f"slices are {scale:.1f} times as thick as pixels, {beyond} {question.limit:g}"
+    measured = [question.measure(_along(axis, scale)) for axis in (1, 2)]
+    known = [c for c in measured if c is not None and not math.isnan(c)]
+    if not known and not question.named:
+        return f"slices are {ratio:.1f} times as thick as pixels; what labels lose by that was not measured"
+    c = sum(known) / len(known) if known else math.nan
+    kept = f"labels made as coarse in the plane keep a Dice of {c:.3f}" if known else "asked for by name"
+    if known and c >= PAYS_BELOW and not question.named:
+        return f"{kept}, from {PAYS_BELOW:g} on there is little to give back"
+    because = f"all slices are {ratio:.1f} times as thick as pixels; {kept} (it pays below {PAYS_BELOW:g})"
+    return _self_supervised(question, scale, pixel), because
+
+
+def _self_supervised(question: _Question, scale: float, pixel: float) -> SuperResolution:
+    channels, factors = question.fingerprint.channels, (scale, 1.0, 1.0)
+    output = (pixel, pixel, pixel)
+    return SuperResolution("self", factors, output, choose_acquisition(channels, factors), question.task)
+
+
+def choose_acquisition(channels: Sequence[str], scale: Vector) -> Acquisition:
+    """The slice profile that goes with the channels' names.
+
+    CT averages over the slice; 2D MRI has a roughly Gaussian profile as wide as the slice is thick, 3D MRI cuts k-space
+    off (ECLARE, UniRes). MRI that is coarse along one axis counts as 2D unless its name says 3D.
+    """
+    names = [name.lower() for name in channels]
+    if all(CT.search(name) for name in names):
+        return Acquisition("rect")
+    if all(MRI.search(name) for name in names):
+        volumes = sum(s > 1 for s in scale) > 1 or all("3d" in name for name in names)
+        return Acquisition("sinc" if volumes else "gauss")
+    return Acquisition("gauss", thickness=THICKNESS_UNKNOWN)
+
+
+def why_acquisition(acquisition: Acquisition, channels: Sequence[str]) -> str:
+    """The reason of `choose_acquisition`, as a sentence."""
+    named = " and ".join(f"'{name}'" for name in channels)
+    low, high = acquisition.thickness
+    return {
+        "rect": f"the channels are named {named}: CT averages over the slice.",
+        "sinc": f"the channels are named {named}, coarse as a volume: 3D MRI leaves the outer k-space out.",
+        "dirac": "thin images are brought to the input grid by interpolation: no scanner's slice is imitated.",
+        "gauss": f"the channels are named {named}: slices of 2D MRI have a Gaussian profile as wide as they are thick."
+        if low == high
+        else f"nothing is known of how {named} is acquired: the thickness is drawn from {low:g} to {high:g} of the "
+        "spacing.",
+    }[acquisition.profile]
+
+
+def snap(scale: float) -> float:
+    """The whole number within 5 % of a scale, if there is one."""
+    whole = max(1, round(scale))
+    return float(whole) if abs(scale - whole) <= SNAP * whole else float(f"{scale:.6g}")
+
+
+def expected_spacing(fingerprint: Fingerprint, asked: Asked) -> Vector | None:
+    """Canonical (z, y, x) spacing of the images that the user says will be met; None where nothing is said."""
+    asked.check()
+    if asked.input_spacing is not None:
+        return to_canonical(asked.input_spacing, fingerprint)
+    if asked.scale is not None and len(asked.scale) == 3:
+        scale = to_canonical(_vector(asked.scale), fingerprint)
+        base = fingerprint.median_spacing
+        if asked.output_spacing is not None:
+            base = to_canonical(asked.output_spacing, fingerprint)
+        return _multiply(base, scale)
+    return None
+
+
+def to_canonical(values: Vector, fingerprint: Fingerprint) -> Vector:
+    """Values along the files' array axes, along the canonical ones; of most cases where they lie differently."""
+    (code, _), *_ = Counter(case.orientation for case in fingerprint.cases).most_common(1)
+    z, y, x = (values[[WORLD_AXIS[letter] for letter in code].index(axis)] for axis in range(3))
+    return z, y, x
+
+
+def _to_network(values: Vector | None, fingerprint: Fingerprint, grid: GridRules) -> Vector | None:
+    if values is None:
+        return None
+    canonical = to_canonical(values, fingerprint)
+    return _vector([canonical[axis] for axis in grid.axis_order])
+
+
+def _scale_on_network(asked: Asked, fingerprint: Fingerprint, grid: GridRules) -> Vector | None:
+    if asked.scale is None:
+        return None
+    if len(asked.scale) == 3:
+        return _to_network(_vector(asked.scale), fingerprint, grid)
+    (s,) = asked.scale
+    return (1.0, s, s) if fingerprint.dimensions == 2 else (s, 1.0, 1.0)
+
+
+def _finest_truth(question: _Question, wanted: Vector) -> Vector:
+    """The output grid where none is given: the dataset's, or that of its fine cases where the inputs are the median."""
+    data = question.grid.spacing
+    if wanted[0] / data[0] >= SMALLEST_SCALE:
+        return data
+    fine = question.fine_cases(wanted[0])
+    if not fine:
+        return data
+    return float(f"{np.median([question.grid.spacings[case][0] for case in fine]):.6g}"), data[1], data[2]
+
+
+def _scale_of(input_mm: float, output_mm: float, *, explicit: bool) -> float:
+    """The scale along one axis. Raises PlanError where the output is coarser than the input, or the scale too large."""
+    ratio = input_mm / output_mm
+    if explicit and ratio < 1 - SNAP:
+        raise PlanError(
+            f"The output spacing {output_mm:g} mm is coarser than the input's {input_mm:g} mm; ask for one that is as "
+            "fine at least, or resample the labels afterwards."
+        )
+    scale = snap(max(1.0, ratio))
+    if scale > LARGEST_SCALE:
+        raise PlanError(
+            f"From {input_mm:g} mm to {output_mm:g} mm is a scale of {scale:g}, the limit is {LARGEST_SCALE:g}; ask "
+            f"for an output of {input_mm / LARGEST_SCALE:g} mm or coarser."
+        )
+    return scale if scale >= SMALLEST_SCALE else 1.0
+
+
+def _check_consistent(wanted: Vector, output: Vector, scale: Vector) -> None:
+    if any(abs(i / o - s) > SNAP * s for i, o, s in zip(wanted, output, scale, strict=True)):
+        raise PlanError(
+            f"--sr-scale says {_text(scale)}, but the input's {_text(wanted)} mm and the output's {_text(output)} mm "
+            f"make it {_text(_divide(wanted, output))} (slices first); give two of the three."
+        )
+
+
+def _label_scale(question: _Question) -> Vector:
+    """Image by label spacing of the median case, along the network axes; snapped, 1 below the smallest scale."""
+    median = np.median([case.label_scale for case in question.fingerprint.cases], axis=0)
+    found = [snap(float(median[axis])) for axis in question.grid.axis_order]
+    return _vector([s if s >= SMALLEST_SCALE else 1.0 for s in found])
+
+
+def _along(axis: int, scale: float) -> Vector:
+    return _vector([scale if a == axis else 1.0 for a in range(3)])
+
+
+def _multiply(a: Vector, b: Vector) -> Vector:
+    return _vector([float(f"{x * y:.6g}") for x, y in zip(a, b, strict=True)])
+
+
+def _divide(a: Vector, b: Vector) -> Vector:
+    return _vector([float(f"{x / y:.6g}") for x, y in zip(a, b, strict=True)])
+
+
+def _vector(values: Sequence[float]) -> Vector:
+    z, y, x = (float(v) for v in values)
+    return z, y, x
+
+
+def _text(values: Sequence[float]) -> str:
+    return ",".join(f"{v:g}" for v in values)
+
+
+# --- C(s) ---------------------------------------------------------------------------------------------------------
+
+
+def label_ceiling(
+    dataset: RawDataset, scale: Vector, *, workers: int, drop_cases: Collection[str] = (), profile: str = "gauss"
+) -> float:
+    """C(s): mean Dice of training labels against themselves, brought down to a grid coarser by `scale` and up again.
+
+    `scale` is along the canonical axes. Down goes the share of each value in each thick slice and the largest wins; up
+    the nearest slice. It is what a perfect answer on the coarse grid would score. At most 20 cases, evenly spaced.
+    Raises what reading a label raises; nan where no case has a structure.
+    """
+    cases = [case for case in dataset.cases if case.identifier not in set(drop_cases)]
+    cases = [cases[round(i)] for i in np.linspace(0, len(cases) - 1, min(CEILING_CASES, len(cases)))]
+    measure = functools.partial(_case_ceiling, dataset=dataset, scale=scale, acquisition=Acquisition(profile))
+    found: list[float] = []
+    for _, result in map_cases(measure, cases, workers=workers, names=[case.identifier for case in cases]):
+        if isinstance(result, Exception):
+            raise result
+        found += result
+    return sum(found) / len(found) if found else math.nan
+
+
+def _case_ceiling(case: Case, *, dataset: RawDataset, scale: Vector, acquisition: Acquisition) -> list[float]:
+    """The Dice of each structure that a case shows."""
+    label = read_label(case, None, dataset, [])
+    permutation, flips = canonical_axes(label.grid.direction)
+    array = turn_array(label.array, permutation, flips)[0]
+    if any(size < s for size, s in zip(array.shape, scale, strict=True)):
+        return []
+    fine, restored = down_and_up(array, scale, acquisition)
+    return structure_dice(restored, fine, dataset.labels)
+
+
+def down_and_up(
+    label: NDArray[np.integer[Any]], scale: Vector, acquisition: Acquisition
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The part of a label (Z, Y, X) that the thick slices cover, and what is left of it after going down and up."""
+    coarse = coarse_label(label, scale, acquisition)
+    inside, nearest = [], []
+    for size, s in zip(label.shape, scale, strict=True):
+        begin = offset(size, s)
+        voxels = np.arange(math.ceil(begin - 1e-6), math.floor(begin + slices(size, s) * s + 1e-6))
+        inside.append(voxels)
+        nearest.append(np.clip(((voxels + 0.5 - begin) / s).astype(int), 0, slices(size, s) - 1))
+    return label[np.ix_(*inside)], coarse[np.ix_(*nearest)]
+
+
+def coarse_label(label: NDArray[np.integer[Any]], scale: Vector, acquisition: Acquisition) -> NDArray[Any]:
+    """A label (Z, Y, X) on a grid coarser by `scale`: the value with the largest share, background in a tie."""
+    weights = [None if s == 1 else slice_weights(n, s, acquisition) for n, s in zip(label.shape, scale, strict=True)]
+    shape = tuple(n if w is None else len(w) for n, w in zip(label.shape, weights, strict=True))
+    background, winner = np.ones(shape, np.float32), np.zeros(shape, label.dtype)
+    largest = np.zeros(shape, np.float32)
+    for value, box in enumerate(ndimage.find_objects(label.astype(np.int32)), start=1):
+        if box is None:
+            continue
+        share, where = (label[box] == value).astype(np.float32), []
+        for axis, (matrix, side) in enumerate(zip(weights, box, strict=True)):
+            if matrix is None:
+                where.append(side)
+                continue
+            reached = matrix[:, side]
+            rows = np.flatnonzero(reached.any(axis=1))
+            rows = np.arange(rows[0], rows[-1] + 1) if len(rows) else rows
+            share = np.moveaxis(np.tensordot(reached[rows], share, axes=(1, axis)), 0, axis)
+            where.append(slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0))
+        part = tuple(where)
+        background[part] -= share
+        more = share > largest[part] + 1e-5
+        largest[part] = np.where(more, share, largest[part])
+        winner[part] = np.where(more, value, winner[part])
+    winner[background >= largest - 1e-5] = 0
+    return winner
+
+
+def structure_dice(prediction: NDArray[Any], reference: NDArray[Any], labels: Labels) -> list[float]:
+    """Dice of each structure that the reference shows."""
+    found = [dice(labels.mask(prediction, name), labels.mask(reference, name)) for name in labels.names]
+    return [score for score in found if not math.isnan(score)]

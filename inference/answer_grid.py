@@ -1,0 +1,132 @@
+"""A configuration and the grid of an image -> the grid that its network reads, and the one that it answers on.
+
+Along axes on which a network does not super-resolve both are the same. A fixed scale refines the image's own grid by
+that scale. An any-scale network reads slices as far apart as they are and is asked for the spacing that was planned,
+or for any other that its range of scales allows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from autoseg.errors import PredictionError
+from autoseg.image import Image, Triple
+from autoseg.inference.grids import grid_between
+from autoseg.plan import Configuration, PreprocessingSettings, Vector
+from autoseg.preprocessing.case import CaseGeometry, find_geometry, fine_geometry
+from autoseg.preprocessing.framed import turned, turned_back
+
+SAME_SPACING = 0.01  # as a share: a spacing this close to another is meant to be the same
+AXES = "zyx"
+
+
+def planned_scale(configuration: Configuration) -> Vector:
+    """Input spacing / output spacing along the network axes; of an any-scale network what was planned for."""
+    scale: Vector = turned_back(configuration.sr_scale, configuration.frames(training=False)[0])
+    return scale
+
+
+def input_settings(configuration: Configuration, image: Image) -> PreprocessingSettings:
+    """How `image` is brought to the grid that the network reads.
+
+    For an any-scale network slices stay as far apart as they are, as long as that is in its range.
+    """
+    settings = configuration.input_preprocessing
+    if configuration.sr_range is None:
+        return settings
+    low, high = configuration.sr_range
+    own = find_geometry(image, replace(settings, crop_to_nonzero=False)).turned.spacing
+    spacing = [
+        planned if planned is None or scale == 1 else min(max(distance, low * planned / scale), high * planned / scale)
+        for planned, scale, distance in zip(settings.spacing, planned_scale(configuration), own, strict=True)
+    ]
+    assert spacing[1] is not None and spacing[2] is not None
+    return replace(settings, spacing=(spacing[0], spacing[1], spacing[2]))
+
+
+def output_geometry(
+    configuration: Configuration, geometry: CaseGeometry, output_spacing: Triple | None = None
+) -> CaseGeometry:
+    """Where the network answers about a case with this `geometry` of its input: on that, or on a refined one.
+
+    `output_spacing` is in mm along the file's axes (z, y, x). Raises PredictionError where the network cannot answer
+    on such a grid.
+    """
+    if output_spacing is not None:
+        require_any_scale(configuration)
+        return _asked_geometry(configuration, geometry, output_spacing)
+    if configuration.sr_range is not None:
+        return _planned_geometry(configuration, geometry, configuration.sr_range[1])
+    return fine_geometry(geometry, planned_scale(configuration)) if configuration.super_resolves else geometry
+
+
+def require_any_scale(configuration: Configuration) -> None:
+    """Raises PredictionError where the grid of the answer cannot be chosen."""
+    if configuration.sr_range is None:
+        where = "one refined grid" if configuration.super_resolves else "the image's own grid"
+        raise PredictionError(
+            f"Configuration {configuration.name} answers on {where} only, so no output spacing can be asked for; use "
+            "an any-scale model, such as 3d_sr_any."
+        )
+
+
+def _planned_geometry(configuration: Configuration, geometry: CaseGeometry, most: float) -> CaseGeometry:
+    """The image's grid refined to the planned spacing; where it is finer itself, it is left as it is."""
+    scale, planned = planned_scale(configuration), configuration.input_preprocessing.spacing
+    factor = [
+        s if s == 1 or spacing is None else max(1.0, own * s / spacing)
+        for s, spacing, own in zip(scale, planned, geometry.turned.spacing, strict=True)
+    ]
+    # the network is asked for no more than it can; the way to the file's grid interpolates what is missing
+    limits = [math.floor(size * most) for size in geometry.network_shape]
+    return _refined(configuration, geometry, (factor[0], factor[1], factor[2]), limits)
+
+
+def _asked_geometry(configuration: Configuration, geometry: CaseGeometry, output_spacing: Triple) -> CaseGeometry:
+    if not all(0 < spacing < math.inf for spacing in output_spacing):
+        raise PredictionError(f"The output spacing must be three positive numbers (z, y, x), got {output_spacing} mm.")
+    scale, own = planned_scale(configuration), geometry.turned.spacing
+    target: Vector = turned(output_spacing, geometry.permutation)
+    for axis, (s, have, want) in enumerate(zip(scale, own, target, strict=True)):
+        if s == 1 and abs(have / want - 1) > SAME_SPACING:
+            raise PredictionError(
+                f"The output spacing is {want:g} mm along {AXES[geometry.permutation[axis]]}, where configuration "
+                f"{configuration.name} does not super-resolve; ask for the image's {have:g} mm there."
+            )
+        if want > have * (1 + SAME_SPACING):
+            raise PredictionError(
+                f"The output spacing is {want:g} mm along {AXES[geometry.permutation[axis]]}, coarser than the image's "
+                f"{have:g} mm; ask for a finer one, or for the image's own grid with `--native`."
+            )
+    factor = [1.0 if s == 1 else have / want for s, have, want in zip(scale, own, target, strict=True)]
+    fine = _refined(configuration, geometry, (factor[0], factor[1], factor[2]))
+    _check_range(configuration, geometry, fine)
+    return fine
+
+
+def _refined(
+    configuration: Configuration, geometry: CaseGeometry, factor: Vector, limits: list[int] | None = None
+) -> CaseGeometry:
+    """The refined grid; where the network super-resolves it answers on the voxels of the file, at most `limits`."""
+    fine = fine_geometry(geometry, factor)
+    shape = []
+    for axis, scale in enumerate(planned_scale(configuration)):
+        start, stop = fine.crop[axis]
+        voxels = fine.network_shape[axis] if scale == 1 else stop - start
+        shape.append(voxels if limits is None or scale == 1 else min(voxels, limits[axis]))
+    return replace(fine, network_shape=(shape[0], shape[1], shape[2]))
+
+
+def _check_range(configuration: Configuration, geometry: CaseGeometry, fine: CaseGeometry) -> None:
+    assert configuration.sr_range is not None
+    low, high = configuration.sr_range
+    scales = grid_between(geometry, fine).scale
+    for axis, (scale, planned) in enumerate(zip(scales, planned_scale(configuration), strict=True)):
+        if planned != 1 and not low * (1 - SAME_SPACING) <= scale <= high * (1 + SAME_SPACING):
+            where, distance = AXES[geometry.permutation[axis]], geometry.network.spacing[axis]
+            raise PredictionError(
+                f"The output spacing is {fine.turned.spacing[axis]:.4g} mm along {where}, {scale:.3g} times as fine as "
+                f"the input's {distance:.4g} mm; configuration {configuration.name} answers for {low:g} to {high:g} "
+                f"times, {distance / high:.3g} to {distance / low:.3g} mm."
+            )

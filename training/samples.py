@@ -1,0 +1,292 @@
+"""A place in a stored case -> one training sample: input, label, and for super-resolution the fine image and its grid.
+
+Without super-resolution input and label are patches of one grid. With it there are three sources of fine truth
+(`Configuration.sr_source`), keys of SOURCES.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoseg.acquisition import degrade, draw_thickness
+from autoseg.networks.upsampling import OutputGrid
+from autoseg.plan import Acquisition, Architecture, Configuration, Shape, Vector
+from autoseg.preprocessing.degradation import centre, input_moments, masked_channels
+from autoseg.preprocessing.framed import FramedEntry
+from autoseg.training.augment import Augmentation, source_size
+from autoseg.training.sampling import inside_mask, read_patch
+
+ROUNDING = 1e-6  # by which a product of a size and a scale may exceed a whole number and still be one
+COVERED = 0.5  # share of a thick slice that must lie in the image; a slice with less is outside and zero, as a patch is
+SHIFTS = 4  # input voxels by which a patch may be moved to a place where input and label voxels begin together
+
+
+class Sample(NamedTuple):
+    """One patch of a batch."""
+
+    image: Tensor
+    """(C, Z + 2 halo, Y, X) float32: the network's input."""
+    label: Tensor
+    """(1, Z, Y, X) int16, label values, on the output grid."""
+    truth: Tensor | None = None
+    """(I, *grid.shape) float32, in the units of `image`; None without an image head or where no fine image is known."""
+    grid: OutputGrid | None = None
+    """The output grid; None without super-resolution."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a patch is taken."""
+
+    entry: FramedEntry
+    start: Shape
+    """First voxel on the image's grid; may lie before it."""
+    previous: FramedEntry | None = None
+    """The previous stage's labels of the same case (cascade)."""
+
+
+Draw = Callable[[Shape], Place]  # a place for a patch of that many voxels
+Seed = Callable[[], None]  # sets the global generators that augmentation draws from
+
+
+@dataclass(frozen=True)
+class FinePatch:
+    """The fine voxels behind an input patch, and those that the network is asked for."""
+
+    source: Shape
+    """Fine voxels that the forward model makes the input of, with its halo."""
+    first: int
+    """Of `source` along axis 0: where the voxels begin that are asked for."""
+    grid: OutputGrid
+    """What is asked for."""
+
+
+def fine_patch(patch: Shape, scale: Vector, *, halo: int = 0) -> FinePatch:
+    """The smallest fine patch that holds just `patch` thick voxels (and the halo), centred as `acquisition` has it."""
+    sizes = [math.ceil(size * factor - ROUNDING) for size, factor in zip(patch, scale, strict=True)]
+    source = math.ceil((patch[0] + 2 * halo) * scale[0] - ROUNDING)
+    if (source - sizes[0]) % 2 and math.floor((source + 1) / scale[0] + ROUNDING) == patch[0] + 2 * halo:
+        source += 1  # both have their middle in the same place
+    first = (source - sizes[0]) // 2
+    before = (source - patch[0] * scale[0]) / 2  # fine voxels before the patch without its halo
+    starts = [first - before, *(-(n - p * s) / 2 for n, p, s in zip(sizes[1:], patch[1:], scale[1:], strict=True))]
+    grid = OutputGrid((sizes[0], sizes[1], sizes[2]), scale, (starts[0], starts[1], starts[2]))
+    return FinePatch((source, sizes[1], sizes[2]), first, grid)
+
+
+def paired_grid(patch: Shape, scale: Vector) -> OutputGrid:
+    """The label's voxels behind an input patch that begins where one of them does."""
+    z, y, x = (math.ceil(size * factor - ROUNDING) for size, factor in zip(patch, scale, strict=True))
+    return OutputGrid((z, y, x), scale)
+
+
+def output_grid(patch: Shape, scale: Vector, *, halo: int, source: str) -> OutputGrid | None:
+    """The grid on which the label of an input patch lies; None where it is the input's."""
+    if source == "none":
+        return None
+    return paired_grid(patch, scale) if source == "paired" else fine_patch(patch, scale, halo=halo).grid
+
+
+def has_fine_image(architecture: Architecture, source: str) -> bool:
+    """Whether samples come with the image that the image head should answer with."""
+    return architecture.image_channels > 0 and source in ("degraded", "self")
+
+
+class Source(Protocol):
+    """Makes the samples of one configuration."""
+
+    def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None: ...
+
+    def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
+        """A sample at a place that `draw` gives, whose input voxels are `scale` times as large as the label's."""
+        ...
+
+
+class SameGrid:
+    """Image and label are patches of one grid; a 2.5D image has its halo, beyond the edge the outermost slice again."""
+
+    def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
+        self.patch, self.halo = configuration.patch_size, configuration.architecture.halo
+        self.size = source_size(configuration) if augment else configuration.patch_size
+        self.augmentation, self.augment = augmentation, augment
+
+    def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
+        """See `Source`; the scale is 1."""
+        place = draw(self.patch)
+        # what is read is larger on every side, so that patches at the image's border are trained on like all others
+        z, y, x = _around(place.start, self.patch, self.size)
+        deep, first, edges = (self.size[0] + 2 * self.halo, *self.size[1:]), z - self.halo, (0,) if self.halo else ()
+        image = read_patch(place.entry, "image", (first, y, x), deep, replicate=edges)
+        if place.previous is None:
+            label = read_patch(place.entry, "label", (z, y, x), self.size)
+        else:  # the previous stage's labels become input channels: they need the halo too
+            known = read_patch(place.entry, "label", (first, y, x), deep)
+            label = np.concatenate((known, read_patch(place.previous, "label", (first, y, x), deep, replicate=edges)))
+        seed()
+        return Sample(*self.augmentation(_floats(image), _labels(label), augment=self.augment))
+
+
+class Degraded:
+    """The store is fine; the input is what the forward model makes of a fine patch that was augmented in space.
+
+    Self-supervision is the same, on slices in whose plane one axis is degraded.
+    """
+
+    def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
+        assert configuration.acquisition is not None, "check_plan asks for one"
+        self.configuration, self.acquisition = configuration, configuration.acquisition
+        self.patch, self.halo = configuration.patch_size, configuration.architecture.halo
+        self.channels = configuration.architecture.image_channels
+        self.masked = masked_channels(configuration)
+        self.augmentation, self.augment = augmentation, augment
+
+    def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
+        """See `Source`."""
+        fine = fine_patch(self.patch, scale, halo=self.halo)
+        place = draw(fine.grid.shape)
+        size = source_size(self.configuration, fine.source) if self.augment else fine.source
+        z, y, x = place.start
+        start = _around((z - fine.first, y, x), fine.source, size)
+        # beyond the edge lies the outermost voxel again, as the forward model has it at the end of an image
+        edges = [axis for axis in range(3) if scale[axis] > 1 or (axis == 0 and self.halo)]
+        image = _floats(read_patch(place.entry, "image", start, size, replicate=edges))
+        inside = torch.from_numpy(inside_mask(place.entry.shape, start, size))
+        if self.halo:  # beyond the ends of the volume a stack sees the outermost slice: no outside
+            inside = inside.amax(1, keepdim=True).expand_as(inside).contiguous()
+        label = _labels(_read_label(place.entry, start, size))
+        moments = input_moments(place.entry.entry, self.configuration, scale, frame=place.entry.frame)
+        seed()
+        seen = torch.cat((image, inside))
+        if self.augment:
+            seen, label = self.augmentation.turn(seen, label, size=fine.source)
+        image, inside = seen[:-1], seen[-1:]
+        channels = zip(image, self.masked, *moments, strict=True)
+        truth = torch.stack([centre(c, float(mean), masked=m) / float(std) for c, m, mean, std in channels])
+        low = thick_slices(truth, inside, scale, self.acquisition, random=self.augment)
+        if self.augment:
+            low = self.augmentation.disturb(low)
+        asked = slice(fine.first, fine.first + fine.grid.shape[0])
+        shown = (truth * inside)[: self.channels, asked].contiguous() if self.channels else None
+        return Sample(low, label[:, asked].contiguous(), shown, fine.grid)
+
+
+def thick_slices(fine: Tensor, inside: Tensor, scale: Vector, acquisition: Acquisition, *, random: bool) -> Tensor:
+    """Fine (C, ...) after the forward model, zero where less than half of a slice lies `inside` (1, ...).
+
+    `random` draws thickness and noise from torch's global generator; else the middle thickness and no noise.
+    """
+    generator = torch.default_generator if random else None
+    share = draw_thickness(acquisition, generator)
+    thick = degrade(fine, scale, acquisition, generator=generator, thickness=share)
+    return torch.where(degrade(inside, scale, acquisition, thickness=share) > COVERED, thick, 0.0)
+
+
+class Paired:
+    """The label lies on a finer grid than the image; both are read where their voxels begin together."""
+
+    def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
+        self.patch, self.halo = configuration.patch_size, configuration.architecture.halo
+        self.configuration, self.augmentation, self.augment = configuration, augmentation, augment
+
+    def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
+        """See `Source`."""
+        place = draw(self.patch)
+        grid = paired_grid(self.patch, scale)
+        turns = self.augment and scale[1] == scale[2] == 1  # slices are turned where both grids have the same plane
+        _, *plane = source_size(self.configuration) if turns else self.patch
+        image_size = (self.patch[0], plane[0], plane[1])
+        label_size = (grid.shape[0], plane[0], plane[1]) if turns else grid.shape
+        first = [common_face(start, factor) for start, factor in zip(place.start, scale, strict=True)]
+        z, y, x = _around(first, self.patch, image_size)
+        deep, edges = (image_size[0] + 2 * self.halo, *image_size[1:]), (0,) if self.halo else ()
+        image = _floats(read_patch(place.entry, "image", (z - self.halo, y, x), deep, replicate=edges))
+        fine_first = [round(start * factor) for start, factor in zip(first, scale, strict=True)]
+        label = _labels(_read_label(place.entry, _around(fine_first, grid.shape, label_size), label_size))
+        seed()
+        if turns:
+            image, label = self.augmentation.turn(image, label, size=self.patch)
+        elif self.augment:
+            image, label = self.augmentation.flip(image, label)
+        if self.augment:
+            image = self.augmentation.disturb(image)
+        return Sample(image.contiguous(), label.contiguous(), None, grid)
+
+
+def common_face(start: int, scale: float) -> int:
+    """The input voxel nearest to `start` that begins where a label voxel does, or as nearly as any within SHIFTS."""
+    return min(
+        range(start - SHIFTS, start + SHIFTS + 1),
+        key=lambda voxel: (round(abs(voxel * scale - round(voxel * scale)), 3), abs(voxel - start)),
+    )
+
+
+SOURCES: dict[str, type[Source]] = {"none": SameGrid, "degraded": Degraded, "self": Degraded, "paired": Paired}
+
+
+@dataclass(frozen=True)
+class SampleShapes:
+    """What a training sample looks like, channels left out."""
+
+    image: Shape
+    """Of the input, with its halo."""
+    label: Shape
+    truth_channels: int
+    """Of the fine image; 0 where samples have none."""
+    grid: OutputGrid | None
+
+
+def sample_shapes(
+    architecture: Architecture, patch_size: Shape, *, configuration: Configuration | None = None
+) -> SampleShapes:
+    """The shapes that `SOURCES` give for an input patch; of an any-scale network those of its largest scale.
+
+    Without a configuration, truth is taken to be degraded, at the head's scale.
+    """
+    if configuration is None:
+        source, scale = "none" if architecture.head == "plain" else "degraded", architecture.head_scale
+    else:
+        source, scale = configuration.sr_source, largest_scale(configuration)
+    grid = output_grid(patch_size, scale, halo=architecture.halo, source=source)
+    image = (patch_size[0] + 2 * architecture.halo, *patch_size[1:])
+    channels = architecture.image_channels if has_fine_image(architecture, source) else 0
+    return SampleShapes(image, patch_size if grid is None else grid.shape, channels, grid)
+
+
+def largest_scale(configuration: Configuration) -> Vector:
+    """The scale of a configuration's samples that needs most memory."""
+    if configuration.sr_range is None:
+        return configuration.sr_scale
+    return at_scale(configuration, configuration.sr_range[1])
+
+
+def at_scale(configuration: Configuration, scale: float) -> Vector:
+    """`scale` along the axes that the configuration refines, 1 along the others."""
+    z, y, x = (scale if planned > 1 else 1.0 for planned in configuration.sr_scale)
+    return (z, y, x)
+
+
+def _around(start: Sequence[int], patch: Shape, size: Shape) -> Shape:
+    """Where a box of `size` begins that has the patch in its middle."""
+    z, y, x = (f - (s // 2 - p // 2) for f, p, s in zip(start, patch, size, strict=True))
+    return (z, y, x)
+
+
+def _read_label(entry: FramedEntry, start: Shape, size: Shape) -> NDArray[np.generic]:
+    """The label in a box; background where the case has none (image super-resolution needs none)."""
+    return read_patch(entry, "label", start, size) if entry.has("label") else np.zeros((1, *size), np.int16)
+
+
+def _floats(array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32))
+
+
+def _labels(array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.int16))

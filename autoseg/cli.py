@@ -595,6 +595,32 @@ def export(
     return DONE
 
 
+@command("report", "Write a report of what is there as one HTML file.")
+def report(
+    dataset: DatasetArgument,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="The file to write. [default: report.html in the workspace]", metavar="[OUTPUT]"),
+    ] = None,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Write a report: dataset, every decision with its reason, training curves, scores, worst and median cases.
+
+    \b
+    Example:
+      autoseg report data/Dataset004_Hippocampus
+    """
+    from autoseg.pipeline import load_plan
+    from autoseg.report import write_report
+
+    _, place = load_plan(dataset, workspace)
+    SCREEN.get().say(f"{write_report(place, output)}")
+    return DONE
+
+
 @command("demo", "The whole story on a synthetic dataset.")
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to write everything.", metavar="[FOLDER]")] = Path(

@@ -270,13 +270,15 @@ def test_fake_tensors_and_autocast_pass_through(head: str, flat: bool) -> None:
     torch.testing.assert_close(real(image)[0], exact[0])
 
 
-def test_the_image_that_is_added_is_exact_under_autocast() -> None:
+def test_what_is_interpolated_stays_exact_under_autocast() -> None:
     network = build_network(fine_architecture())
     image = 100 + torch.rand(1, 1, 4, 8, 8)  # bfloat16 has steps of 0.5 here
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        answer = network(image)[0][:, 3:]
-    expected = F.interpolate(image, size=(16, 8, 8), mode="trilinear", align_corners=False)
-    torch.testing.assert_close(answer, expected, rtol=1e-6, atol=1e-4)
+        answer, logits, *_ = network(image)
+    assert logits.dtype == torch.bfloat16
+    for own, part in ((answer[:, :3], logits.float()), (answer[:, 3:], image)):
+        expected = F.interpolate(part, size=(16, 8, 8), mode="trilinear", align_corners=False)
+        torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-4)
 
 
 def test_the_same_seed_builds_the_same_body_with_and_without_a_head() -> None:

@@ -209,8 +209,8 @@ def evaluate_image_folders(
     CASE_image.nii.gz, or CASE.nii.gz where there is none, is compared with CASE.nii.gz or CASE_0000.nii.gz. A case that
     cannot be scored is named, the others are finished. Raises PredictionError where there is nothing to compare.
     """
-    expected = _image_files(references, FIRST_CHANNEL, "references")
-    given = _image_files(predictions, IMAGE_SUFFIX, "predictions")
+    expected = _image_files(references, "references", (FIRST_CHANNEL,))
+    given = _image_files(predictions, "predictions", (IMAGE_SUFFIX, FIRST_CHANNEL))
     if references.is_file() and predictions.is_file():
         given = {next(iter(expected)): predictions}
     pairs = [Pair(case, given[case], expected[case]) for case in sorted(expected) if case in given]
@@ -375,11 +375,14 @@ def _label_files(folder: Path, what: str) -> dict[str, Path]:
     return files
 
 
-def _image_files(folder: Path, suffix: str, what: str) -> dict[str, Path]:
-    """Case -> file. Where some names end with `suffix`, those are the images, and what is beside them is not."""
+def _image_files(folder: Path, what: str, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Case -> file. Where some names end with one of `suffixes`, those are the images, and what is beside is not."""
     files = _label_files(folder, what)
-    marked = {case.removesuffix(suffix): path for case, path in files.items() if case.endswith(suffix)}
-    return marked or files
+    for suffix in suffixes:
+        marked = {case.removesuffix(suffix): path for case, path in files.items() if case.endswith(suffix)}
+        if marked:
+            return marked
+    return files
 
 
 def _is_image_of(case: str, expected: Mapping[str, Path]) -> bool:

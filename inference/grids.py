@@ -68,7 +68,7 @@ def moving_matrix(inputs: int, outputs: int, scale: float, start: float) -> Tens
     `scale` is input spacing / output spacing, `start` the first output voxel's outer face in output voxels. Means over
     the voxel where the output is coarser, linear interpolation elsewhere; beyond the input its last voxel is repeated.
     """
-    faces = (start + np.arange(outputs + 1)) / scale
+    faces = (start + np.arange(outputs + 1, dtype=np.float64)) / scale
     if scale < 1 - SAME_VOXELS:
         return torch.from_numpy(_means(faces, inputs).astype(np.float32))
     position = np.clip((faces[:-1] + faces[1:]) / 2 - 0.5, 0, inputs - 1)

@@ -73,7 +73,7 @@ def degrade_entry(entry: StoreEntry, configuration: Configuration) -> DegradedIm
     fine = FramedEntry(entry, frame).read("image").astype(np.float32, copy=False)
     channels = []
     for channel, masked, mean, std in zip(fine, masked_channels(configuration), *moments, strict=True):
-        centred = torch.from_numpy(np.ascontiguousarray(centre(channel, float(mean), masked=masked)))
+        centred = torch.from_numpy(np.ascontiguousarray(centre(channel, mean, masked=masked)))
         channels.append((degrade(centred, scale, acquisition) / float(std)).numpy())
     z, y, x = fine.shape[1:]
     start = [-offset(size, factor) if factor != 1 else 0.0 for size, factor in zip((z, y, x), scale, strict=True)]
@@ -83,7 +83,8 @@ def degrade_entry(entry: StoreEntry, configuration: Configuration) -> DegradedIm
 
 def centre(channel: Any, mean: float, *, masked: bool) -> Any:
     """A channel (array or tensor) minus its mean; where the scheme is masked, zeros are outside and stay zero."""
-    return (channel - mean) * (channel != 0) if masked else channel - mean
+    centred = channel - float(mean)  # a Python number: the channel keeps its type
+    return centred * (channel != 0) if masked else centred
 
 
 def masked_channels(configuration: Configuration) -> tuple[bool, ...]:

@@ -276,7 +276,7 @@ def test_a_fine_geometry_refines_the_file_exactly_and_the_network_nearly_so(case
     # the same piece of the world, but for the rounding of the box
     for before, after in zip(outer_faces(geometry.cropped), outer_faces(fine.cropped), strict=True):
         apart = np.linalg.solve(np.asarray(fine.turned.direction), np.subtract(after, before))
-        assert (np.abs(apart) <= np.asarray(fine.turned.spacing) * 1.0 + 1e-6).all()
+        assert (np.abs(apart) <= np.asarray(fine.turned.spacing) * 0.5 + 1e-6).all()
 
 
 @settings(max_examples=80, deadline=None)

@@ -598,7 +598,24 @@ def test_a_model_that_is_not_there_is_refused(finished: Path, tmp_path: Path) ->
     answer.refused("nowhere")
 
 
+def test_what_only_super_resolving_models_can_do_is_refused_for_others(finished: Path, tmp_path: Path) -> None:
+    images, out = finished / NAME / "imagesTr", tmp_path / "out"
+    predict(finished, images, out, "--image").refused("3d_fullres", "no image head")
+    predict(finished, images, out, "--output-spacing", "1,1,1").refused("no output spacing")
+    predict(finished, images, out, "--output-spacing", "1,1").refused("--output-spacing 1,1", "3 numbers")
+    predict(finished, images, out, "--output-spacing", "1,1,1", "--native").refused("--native")
+    assert not out.exists()
+
+
 # ---- evaluation
+
+
+def test_evaluate_compares_images(finished: Path, tmp_path: Path) -> None:
+    images, scores = finished / NAME / "imagesTr", tmp_path / "scores.json"
+    answer = autoseg("evaluate", images, images, "--images", "--json", scores, "--workers", 1)
+    assert answer.status == 0, answer.errors
+    assert "SSIM  1.000" in answer.out
+    assert json.loads(scores.read_text())["images"]["mean"]["ssim"]["mean"] == pytest.approx(1.0)
 
 
 def test_evaluate_prints_a_table_and_writes_json(finished: Path, tmp_path: Path) -> None:

@@ -290,6 +290,24 @@ def test_a_stack_sees_neighbouring_slices_along_its_view_and_answers_in_place(vi
     assert {shape[2] for shape in model.networks[0].shapes} == {3}
 
 
+@pytest.mark.parametrize(("halo", "copies"), [(0, 4), (1, 8)])
+def test_mirroring_along_slices_is_left_out_where_a_single_one_is_seen(halo, copies):
+    seen = []
+
+    class Noting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            seen.append(len(x))
+            middle = x[:, :, halo : x.shape[2] - halo]
+            return [torch.cat((middle, -middle), dim=1)]
+
+    model = stack_model(0)
+    architecture = replace(model.configuration.architecture, context_slices=2 * halo + 1)
+    every = replace(model.configuration.training, mirror_axes=(0, 1, 2))
+    configuration = replace(model.configuration, architecture=architecture, training=every)
+    replace(model, configuration=configuration, networks=(Noting(),)).predict(volume(shape=(5, 12, 12)))
+    assert sum(seen) == copies * model.preprocess(volume(shape=(5, 12, 12))).image.shape[1]
+
+
 @pytest.mark.parametrize("view_axis", [0, 1, 2])
 def test_a_volume_thinner_than_the_stack_is_refused_with_its_number_of_slices(view_axis):
     shape = [9, 12, 10]

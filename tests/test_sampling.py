@@ -235,9 +235,10 @@ def test_outside_lie_zeros_or_the_outermost_slice_again(
 
 
 def test_foreground_of_a_finer_label_is_found_on_the_images_grid(tmp_path: Path) -> None:
-    label = np.zeros((8, 6, 6), np.int16)
-    label[5, 2, 3] = 1
-    store = store_of(tmp_path, {"a": label}, images={"a": np.zeros((1, 2, 6, 6), np.float32)})
+    label = np.zeros((20, 6, 6), np.int16)
+    label[11, 2, 3] = 1
+    store = store_of(tmp_path, {"a": label}, images={"a": np.zeros((1, 5, 6, 6), np.float32)})
     sampler = PatchSampler(store, ["a"], batch_size=1, label_scale=(4.0, 1.0, 1.0))
-    assert sampler.entry("a", (0, 1, 2)).foreground("ball").tolist() == [[1, 2, 3]]
-    assert FramedEntry(store.entry("a"), (1, 0, 2), (4.0, 1.0, 1.0)).foreground("ball").tolist() == [[2, 1, 3]]
+    assert sampler.entry("a", (0, 1, 2)).foreground("ball").tolist() == [[2, 2, 3]]
+    assert FramedEntry(store.entry("a"), (1, 0, 2), (4.0, 1.0, 1.0)).foreground("ball").tolist() == [[2, 2, 3]]
+    assert FramedEntry(store.entry("a"), (2, 1, 0), (4.0, 1.0, 1.0)).foreground("ball").tolist() == [[3, 2, 2]]

@@ -226,7 +226,7 @@ class SuperResolutionLoss(nn.Module):
         The finest answer holds the class logits, then the image. Without `grid` the answer covers the input's extent.
         """
         finest = outputs[0].float()
-        losses = []
+        losses: list[Tensor] = []
         if self.classes:
             losses.append(self.segmentation([finest[:, : self.classes], *outputs[1:]], label) + 1)
         if self.image_channels:
@@ -291,7 +291,7 @@ def build_loss(
 def first_filters(network: nn.Module, architecture: Architecture) -> Tensor:
     """The network's first filters of the image channels, (F, I, kz, ky, kx), detached; of stacks the middle slice's."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
-    weight = first.weight.detach().float()
+    weight: Tensor = first.weight.detach().float()
     weight = weight.unsqueeze(2) if weight.ndim == 4 else weight
-    weight = weight.unflatten(1, (architecture.input_channels, -1))
+    weight = weight.reshape(len(weight), architecture.input_channels, -1, *weight.shape[2:])
     return weight[:, : architecture.image_channels, weight.shape[2] // 2]

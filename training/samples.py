@@ -169,7 +169,7 @@ class Degraded:
             seen, label = self.augmentation.turn(seen, label, size=fine.source)
         image, inside = seen[:-1], seen[-1:]
         channels = zip(image, self.masked, *moments, strict=True)
-        truth = torch.stack([centre(c, float(mean), masked=m) / float(std) for c, m, mean, std in channels])
+        truth = torch.stack([centre(c, mean, masked=m) / float(std) for c, m, mean, std in channels])
         low = thick_slices(truth, inside, scale, self.acquisition, random=self.augment)
         if self.augment:
             low = self.augmentation.disturb(low)

@@ -558,6 +558,82 @@ def evaluate(
     return _complain(screen, evaluation.problems(), nothing=not (evaluation.cases or evaluation.images))
 
 
+@command("run", "Everything: plan, train, choose, export, report.")
+def run(
+    dataset: DatasetArgument,
+    time: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--time", metavar="TIME", help="For everything, such as 45m. [default: the plan's, for each fold]"
+        ),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--steps", metavar="N", min=1, help="Train each fold for this many steps instead."),
+    ] = None,
+    gpu_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--gpu-memory", metavar="SIZE", help="Memory that a training step may take, such as 8GB."),
+    ] = None,
+    configurations: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--configurations", metavar="A,B", help="Candidates. [default: what the rules plan]"),
+    ] = None,
+    drop_cases: Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")] = False,
+    group_by: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--group-by", metavar="FILE", help="Cases of one patient share a fold: a JSON file, or prefix."),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--licence", metavar="TEXT", help="The terms under which the model may be used.")
+    ] = "not stated",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights, sampling and augmentation.")] = 0,
+    workers: WorkersOption = None,
+    workspace: WorkspaceOption = None,
+    device: DeviceOption = "auto",
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> int:
+    """Do everything: plan, preprocess, train all folds, choose by cross-validation, export the model, write the report.
+
+    Ctrl-C, SIGTERM or a power failure end it anywhere; the same command goes on where it was.
+
+    \b
+    Example:
+      autoseg run data/Dataset004_Hippocampus --time 45m
+    """
+    from autoseg.experiment import run as everything
+    from autoseg.units import parse_bytes, parse_seconds
+
+    screen = SCREEN.get()
+    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
+    with screen.training("training") as bar, screen.stop_signals() as stop:
+        outcome = everything(
+            dataset,
+            workspace=workspace,
+            seconds=parse_seconds(time, option="--time") if time else None,
+            steps=steps,
+            gpu_memory_bytes=parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else None,
+            configurations=names,
+            drop_broken=drop_cases,
+            group_by=group_by,
+            licence=licence,
+            device=device,
+            workers=_cores(workers),
+            seed=seed,
+            on_part=lambda part: screen.note(f"{part} ..."),
+            on_step=bar,
+            stop=stop,
+        )
+    if outcome.selection is None:
+        return screen.refuse("Stopped before the end; the same command goes on from there.", stop.status)
+    best = outcome.selection.scores[0]
+    screen.say(f"{outcome.model}")
+    screen.say(f"{outcome.workspace.root / 'report.html'}")
+    screen.say(f"mean Dice {best.dice:.4f} ({best.low:.4f} to {best.high:.4f}): {best.candidate.name}")
+    return DONE
+
+
 @command("export", "Pack trained folds into one portable model.")
 def export(
     dataset: DatasetArgument,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,17 +14,18 @@ from autoseg.preprocessing.case import CaseGeometry
 PLANE_BYTES = 2**26  # what is converted to float32 at a time
 
 
-def average_logits(members: Iterable[Tensor], *, regions: bool) -> Tensor:
+def average_logits(members: Iterable[Tensor], *, regions: bool, weights: Iterable[float] | None = None) -> Tensor:
     """Logits (K, Z, Y, X) whose softmax (with `regions`: sigmoid) is the mean of the members' probabilities.
 
     Members are (K, Z, Y, X) of any float dtype and are taken one after the other, so a generator that predicts them
     keeps one alive. The result has the first one's dtype and its memory; a single member is returned as it is.
+    `weights` are the members' (default: equal ones).
     """
     result: Tensor | None = None
-    count = 0
+    count, total = 0, 0.0
     with torch.inference_mode():
-        for member in members:
-            count += 1
+        for member, weight in zip(members, itertools.repeat(1.0) if weights is None else weights, strict=False):
+            count, before, total = count + 1, total, total + weight
             if result is None:
                 result = member
                 continue
@@ -31,19 +33,24 @@ def average_logits(members: Iterable[Tensor], *, regions: bool) -> Tensor:
                 raise ValueError(f"members have the shapes {tuple(result.shape)} and {tuple(member.shape)}")
             for planes in _slabs(result):
                 if count == 2:
-                    result[:, planes] = _probabilities(result[:, planes], regions=regions).to(result.dtype)
-                result[:, planes] += _probabilities(member[:, planes], regions=regions).to(result.dtype)
+                    first = _probabilities(result[:, planes], regions=regions) * before
+                    result[:, planes] = first.to(result.dtype)
+                result[:, planes] += (_probabilities(member[:, planes], regions=regions) * weight).to(result.dtype)
         if result is None:
             raise ValueError("an ensemble needs at least one member")
         if count > 1:
             for planes in _slabs(result):
-                mean = (result[:, planes].float() / count).clamp(SMALLEST, 1 - SMALLEST)
+                mean = (result[:, planes].float() / total).clamp(SMALLEST, 1 - SMALLEST)
                 result[:, planes] = (mean.logit() if regions else mean.log()).to(result.dtype)
     return result
 
 
 def average_on_one_grid(
-    members: Iterable[tuple[Tensor, CaseGeometry]], *, regions: bool, target: CaseGeometry | None = None
+    members: Iterable[tuple[Tensor, CaseGeometry]],
+    *,
+    regions: bool,
+    target: CaseGeometry | None = None,
+    weights: Iterable[float] | None = None,
 ) -> tuple[Tensor, CaseGeometry]:
     """The mean of members that answer on grids of their own: logits (K, Z, Y, X) and the geometry they lie on.
 
@@ -63,7 +70,7 @@ def average_on_one_grid(
         for logits, geometry in waiting:
             yield bring_logits(logits, geometry, asked, regions=regions)
 
-    return average_logits(brought(), regions=regions), asked
+    return average_logits(brought(), regions=regions, weights=weights), asked
 
 
 def _probabilities(logits: Tensor, *, regions: bool) -> Tensor:

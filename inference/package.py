@@ -2,6 +2,7 @@
 
     model.json                                          what it is, where it comes from, SHA-256 of every other file
     dataset.json                                        channels and labels, as nnU-Net v2 writes them
+    selection.json                                      how several configurations are joined, where that was chosen
     models/CONFIGURATION/fold_K/checkpoint.safetensors  weights, each with the plan in its header
 
 There is no code in it, and opening one runs none. Of a zip only the files that model.json lists are taken out, and
@@ -33,6 +34,9 @@ from autoseg.workspace import CHECKPOINT, VALIDATION, Workspace
 
 MANIFEST = "model.json"
 DATASET = "dataset.json"
+SELECTION = (
+    "selection.json"  # how the configurations are joined and what is done to their answer, where that was chosen
+)
 MODEL_FORMAT = "autoseg model 1"
 ZIP_ENDING = ".zip"
 UNDATED = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: the same model gives the same bytes
@@ -41,25 +45,38 @@ MANIFEST_BYTES = 2**24  # a longer manifest is none
 
 
 def export_model(
-    workspace: Workspace, configuration: str, output: Path, *, folds: Sequence[str] = (), licence: str = "not stated"
+    workspace: Workspace,
+    configuration: str | Sequence[str],
+    output: Path,
+    *,
+    folds: Sequence[str] = (),
+    licence: str = "not stated",
+    selection: Path | None = None,
+    replace: bool = False,
 ) -> Path:
-    """Write the finished folds of a configuration (default: all), with its previous stage, to a folder or a .zip.
+    """Write the finished folds of configurations (default: all), with their previous stages, to a folder or a .zip.
 
-    `licence` says under which terms the weights may be used. Returns `output`. Raises CheckpointError where no fold
-    is finished or the folds are of different plans, StorageError where `output` is in use or cannot be written.
+    Several configurations are an ensemble; `selection` (selection.json) says how they are joined. `licence` says under
+    which terms the weights may be used. What is there is overwritten only with `replace`. Returns `output`. Raises
+    CheckpointError where no fold is finished or the folds are of different plans, StorageError where `output` is in use
+    or cannot be written.
     """
     output = Path(output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
+    if not replace and output.exists() and (output.is_file() or any(output.iterdir())):
         raise StorageError(f"{output}: is there already; delete it, or give another name.")
-    members = _members(workspace, configuration, folds)
+    names = [configuration] if isinstance(configuration, str) else list(configuration)
+    found = {path: checkpoint for name in names for path, checkpoint in _members(workspace, name, folds)}
+    members = list(found.items())
     plan = members[0][1].plan
     files: dict[str, Path | bytes] = {DATASET: _json(_dataset(plan))}
+    if selection is not None:
+        files[SELECTION] = selection
     for path, checkpoint in members:
         files[f"models/{checkpoint.configuration}/fold_{checkpoint.fold}/{CHECKPOINT}"] = path
     manifest = {
         "format": MODEL_FORMAT,
         "dataset": plan.dataset,
-        "configuration": configuration,
+        "configurations": names,
         "licence": licence,
         "provenance": {
             "autoseg": __version__,
@@ -157,7 +174,7 @@ def _write_folder(output: Path, files: Mapping[str, Path | bytes]) -> None:
             with _opened(content) as source, open(target, "wb") as to:
                 shutil.copyfileobj(source, to, BLOCK_BYTES)
         if output.is_dir():
-            output.rmdir()  # it is empty
+            shutil.rmtree(output)  # it is empty, or to be replaced
         os.replace(partial, output)
     except OSError as error:
         raise storage_error(output, error) from error

@@ -5,9 +5,10 @@ A super-resolving model answers on a finer grid over the same extent: the image'
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,12 @@ from autoseg.device import autocast_dtype, resolve_device
 from autoseg.errors import CheckpointError, PredictionError
 from autoseg.image import Grid, Image, Triple, image_ending
 from autoseg.inference.answer_grid import input_settings, output_geometry
-from autoseg.inference.ensemble import average_logits
+from autoseg.inference.chosen import Chosen
+from autoseg.inference.ensemble import average_logits, average_on_one_grid
 from autoseg.inference.export import export_image, export_labels, export_probabilities
 from autoseg.inference.grids import bring_logits, grid_between
-from autoseg.inference.package import is_packed, unpacked
+from autoseg.inference.package import SELECTION, is_packed, unpacked
+from autoseg.inference.postprocess import Cleaning, clean_labels
 from autoseg.inference.sliding_window import MAX_RAM_BYTES, sliding_window_logits
 from autoseg.networks import UNet
 from autoseg.networks.upsampling import OutputGrid
@@ -103,6 +106,14 @@ class Model:
     previous: Model | None = None
     """The model whose labels are further input channels (cascade)."""
     settings: PredictionSettings = field(default_factory=PredictionSettings)
+    partners: tuple[Model, ...] = ()
+    """Other configurations whose probabilities are averaged with this one's, on the grid that this one answers on."""
+    weight: float = 1.0
+    """Of this one's probabilities in such an average."""
+    temperature: float = 1.0
+    """What logits are divided by, so that probabilities are as likely as they say."""
+    cleaning: Mapping[str, Cleaning] = field(default_factory=dict)
+    """What is removed from the predicted mask of each structure."""
 
     def predict(
         self,
@@ -124,7 +135,7 @@ class Model:
         settings = settings or self.settings
         image = self.read(source, spacing)
         answer = self.label_answer(image, native=native, output_spacing=output_spacing, settings=settings)
-        return export_labels(answer.logits, answer.geometry, self.plan.labels)
+        return self.labels_of(answer)
 
     def predict_probabilities(
         self,
@@ -142,8 +153,7 @@ class Model:
         settings = settings or self.settings
         image = self.read(source, spacing)
         answer = self.label_answer(image, native=native, output_spacing=output_spacing, settings=settings)
-        limit = settings.max_ram_bytes
-        return export_probabilities(answer.logits, answer.geometry, self.plan.labels, max_ram_bytes=limit)
+        return self.probabilities_of(answer, max_ram_bytes=settings.max_ram_bytes)
 
     def predict_image(
         self,
@@ -163,6 +173,17 @@ class Model:
         case = self.preprocess(image)
         answer = self.answer(case, image=image, output_spacing=output_spacing, settings=settings)
         return self.export_super_resolved(answer, image, max_ram_bytes=settings.max_ram_bytes)
+
+    def labels_of(self, answer: CaseAnswer) -> Image:
+        """The labels of an answer, cleaned as cross-validation chose, on the grid of the file."""
+        return clean_labels(
+            export_labels(answer.logits, answer.geometry, self.plan.labels), self.cleaning, self.plan.labels
+        )
+
+    def probabilities_of(self, answer: CaseAnswer, *, max_ram_bytes: int = MAX_RAM_BYTES) -> Image:
+        """The calibrated probabilities of an answer on the grid of the file; not cleaned."""
+        logits = answer.logits if self.temperature == 1 else answer.logits / self.temperature
+        return export_probabilities(logits, answer.geometry, self.plan.labels, max_ram_bytes=max_ram_bytes)
 
     def label_answer(
         self, image: Image, *, native: bool, output_spacing: Triple | None, settings: PredictionSettings
@@ -260,15 +281,35 @@ class Model:
     ) -> CaseAnswer:
         """What the networks answer about a case from `preprocess`, and where; a cascade needs its `image` too."""
         settings = settings or self.settings
+        settings = replace(settings, mirroring=settings.mirroring and self.settings.mirroring)
         geometry = output_geometry(self.configuration, case.geometry, output_spacing)
+        if self.needs_image and image is None:
+            raise ValueError("a cascade and an ensemble need the image, to predict with their other models")
         array = case.image
-        if self.previous is not None:
-            if image is None:
-                raise ValueError("a cascade needs the image, to predict with its previous stage")
+        if self.previous is not None and image is not None:
             coarse = self.previous.predict(image, native=True, settings=settings)
             array = self.with_previous_labels(array, coarse, case.geometry)
         grid = grid_between(case.geometry, geometry) if self.configuration.super_resolves else None
-        return CaseAnswer(predict_network_grid(self, array, grid=grid, settings=settings), geometry)
+        own = CaseAnswer(predict_network_grid(self, array, grid=grid, settings=settings), geometry)
+        if not self.partners or image is None:
+            return own
+        logits, _ = average_on_one_grid(
+            itertools.chain([(own.logits, geometry)], self._partner_answers(image, settings)),
+            regions=self.plan.labels.has_regions,
+            target=geometry,
+            weights=[self.weight, *(partner.weight for partner in self.partners)],
+        )
+        return CaseAnswer(NetworkAnswer(logits, own.answer.image), geometry)
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether `answer` needs the raw image, for models that preprocess it otherwise."""
+        return self.previous is not None or bool(self.partners)
+
+    def _partner_answers(self, image: Image, settings: PredictionSettings) -> Iterator[tuple[Tensor, CaseGeometry]]:
+        for partner in self.partners:
+            answer = partner.answer(partner.preprocess(image), image=image, settings=settings)
+            yield answer.logits, answer.geometry
 
     def with_previous_labels(
         self, array: NDArray[np.float32], coarse: Image, geometry: CaseGeometry
@@ -388,6 +429,8 @@ def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] =
     where = Path(path)
     if is_packed(where):
         with unpacked(where) as folder:
+            if (folder / SELECTION).is_file():
+                return _load_selected(folder, device, folds=folds)
             return load_model(folder / MODELS, device, folds=folds)
     configuration_folder, files = _checkpoint_files(where)
     if folds:
@@ -407,6 +450,21 @@ def load_model(path: Path | str, device: str = "auto", *, folds: Sequence[str] =
     names = tuple(checkpoint.fold for checkpoint in checkpoints)
     log.info("Model %s, folds %s, on %s.", first.configuration, ", ".join(names), on_device)
     return Model(first.plan, first.settings, networks, names, on_device, previous)
+
+
+def _load_selected(folder: Path, device: str, *, folds: Sequence[str]) -> Model:
+    """The ensemble, or the single configuration, that cross-validation chose, with what it does to the answer."""
+    chosen = Chosen.load(folder / SELECTION)
+    members = [
+        replace(
+            load_model(folder / MODELS / member.configuration, device, folds=folds),
+            settings=PredictionSettings(mirroring=member.mirroring),
+            weight=weight,
+        )
+        for member, weight in zip(chosen.members, chosen.weights, strict=True)
+    ]
+    first, *partners = members
+    return replace(first, partners=tuple(partners), temperature=chosen.temperature, cleaning=chosen.cleaning)
 
 
 def _previous_stage(checkpoint: Checkpoint, configuration_folder: Path, device: str) -> Model | None:

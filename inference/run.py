@@ -17,7 +17,6 @@ from autoseg.errors import AutosegError, PredictionError
 from autoseg.files import PARTIAL, storage_error
 from autoseg.image import PICTURE_ENDINGS, Image, Triple, image_ending, write_image
 from autoseg.inference.answer_grid import require_any_scale
-from autoseg.inference.export import export_labels, export_probabilities
 from autoseg.inference.predictor import CaseAnswer, Model, PredictionSettings
 from autoseg.inference.sliding_window import MAX_RAM_BYTES
 from autoseg.labels import Labels
@@ -327,7 +326,7 @@ def _read(model: Model, task: PredictTask, options: PredictOptions) -> _Read:
         raise PredictionError(task.problem)
     image = model.check(model.read_case(task.case))
     case = model.preprocess(image)
-    needed = model.previous is not None or _writes_image(model, options)
+    needed = model.needs_image or _writes_image(model, options)
     return (image if needed else None), case
 
 
@@ -353,10 +352,10 @@ def _write(model: Model, task: PredictTask, answer: _Answer, options: PredictOpt
     if options.native:
         given = model.brought_back(given, answer.input, settings=options.prediction)
     if options.probabilities:
-        probabilities = export_probabilities(given.logits, given.geometry, labels, max_ram_bytes=limit)
+        probabilities = model.probabilities_of(given, max_ram_bytes=limit)
         for channel, path in zip(probabilities.array, probability_files(task.output, labels), strict=True):
             write_image(Image(channel[None], probabilities.grid), path)
-    write_image(export_labels(given.logits, given.geometry, labels), task.output)
+    write_image(model.labels_of(given), task.output)
 
 
 def _problem(task: PredictTask, work: Callable[[], None]) -> str | None:

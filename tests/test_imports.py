@@ -25,7 +25,7 @@ LAYERS = (
     {"workspace", "networks", "metrics"},
     {"checkpoint"},
 )
-FACE = {"cli", "screen", "pipeline", "demo", "report", "__main__"}
+FACE = {"cli", "screen", "pipeline", "experiment", "demo", "report", "__main__"}
 STAGE_MAY_IMPORT = {
     "preprocessing": {"core"},
     "training": {"preprocessing", "core"},

@@ -627,7 +627,7 @@ def run(
         )
     if outcome.selection is None:
         return screen.refuse("Stopped before the end; the same command goes on from there.", stop.status)
-    best = outcome.selection.scores[0]
+    best = outcome.selection.score
     screen.say(f"{outcome.model}")
     screen.say(f"{outcome.workspace.root / 'report.html'}")
     screen.say(f"mean Dice {best.dice:.4f} ({best.low:.4f} to {best.high:.4f}): {best.candidate.name}")

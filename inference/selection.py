@@ -100,6 +100,12 @@ class Selection:
     """Held-out cases behind the scores."""
     version: int = SELECTION_VERSION
 
+    @property
+    def score(self) -> Score:
+        """Of what was chosen."""
+        chosen = Candidate(self.chosen.members, self.chosen.weights)
+        return next(score for score in self.scores if score.candidate == chosen)
+
     def save(self, path: Path) -> None:
         """Write `selection.json`, atomically."""
         write_json(path, to_json(self))
@@ -145,7 +151,8 @@ def select(
     cleaning = _choose_cleaning(details, plan.labels, decisions)
     temperature, errors = _calibrate(details, decisions, regions=plan.labels.has_regions)
     scores = sorted((table.score(candidate) for candidate in table.candidates), key=lambda s: -s.dice)
-    return Selection(plan.id, chosen, cleaning, temperature, errors, tuple(scores), tuple(decisions), cases=len(cases))
+    use = Chosen(chosen.members, chosen.weights, temperature, cleaning)
+    return Selection(plan.id, use, errors, tuple(scores), tuple(decisions), cases=len(cases))
 
 
 def single(configuration: str, mirroring: bool) -> Candidate:

@@ -1,0 +1,221 @@
+"""`run`: from a raw dataset to a model that predicts, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_training import NAME, tiny_configuration, tiny_plan
+
+import autoseg.experiment_planning.planner as planner
+from autoseg.checkpoint import load_tensors
+from autoseg.dataset import RawDataset
+from autoseg.errors import StorageError
+from autoseg.experiment import Task, find_tasks, is_done, run
+from autoseg.experiment_planning.fingerprint import extract_fingerprint
+from autoseg.files import write_json
+from autoseg.image import read_image
+from autoseg.inference.predictor import load_model
+from autoseg.plan import Plan, TrainingSettings
+from autoseg.training.loop import RESUME_FORMAT
+from autoseg.workspace import Workspace
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 4
+TRAINING = TrainingSettings(steps=STEPS, mirror_axes=(2,))
+
+
+def two_candidates(root: Path) -> Plan:
+    """A 3D and a 2D configuration, so that there is something to choose."""
+    dataset = RawDataset.load(root)
+    volume = tiny_configuration(training=TRAINING)
+    flat = replace(tiny_configuration(patch_size=(1, 12, 12), training=TRAINING), name="2d")
+    return replace(
+        tiny_plan(volume),
+        dataset=dataset.name,
+        channels=dataset.channels,
+        configurations=(volume, flat),
+        fingerprint=extract_fingerprint(dataset, workers=1).id,
+    )
+
+
+@pytest.fixture
+def dataset(tiny_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A tiny dataset, a planner that finds the two tiny candidates, and two folds."""
+    root = tiny_dataset(cases=6)
+    plan = two_candidates(root)
+    monkeypatch.setattr(planner, "plan_experiment", lambda *_, **__: plan)
+    names = [case.identifier for case in RawDataset.load(root).cases]
+    folds = [{"train": names[3:], "val": names[:3]}, {"train": names[:3], "val": names[3:]}]
+    write_json(Workspace.of(root, tmp_path / "ws").folds, folds)
+    return root
+
+
+def weights(place: Workspace) -> dict[str, np.ndarray]:
+    """The state of every training, by file and tensor."""
+    found = {}
+    for path in sorted(place.root.glob("models/*/fold_*/resume.safetensors")):
+        tensors, _ = load_tensors(path, RESUME_FORMAT)
+        for name, tensor in tensors.items():
+            found[f"{path.parent.parent.name}/{path.parent.name}/{name}"] = tensor.numpy()
+    return found
+
+
+def test_one_call_gives_a_model_that_predicts_and_a_report(dataset, tmp_path):
+    parts: list[str] = []
+    outcome = run(dataset, workspace=tmp_path / "ws", device="cpu", on_part=parts.append)
+    assert outcome.finished and outcome.selection is not None and outcome.selection.cases == 6
+    assert [part for part in parts if "fold" in part] == [
+        f"{NAME}, fold 0 (1 of 4)", f"{NAME}, fold 1 (2 of 4)", "2d, fold 0 (3 of 4)", "2d, fold 1 (4 of 4)"
+    ]  # fmt: skip
+    assert (outcome.workspace.root / "report.html").is_file()
+    moved = Path(shutil.move(outcome.model, tmp_path / "anywhere.zip"))
+    shutil.rmtree(outcome.workspace.root)
+    scan = dataset / "imagesTr" / "case_00_0000.nii.gz"
+    labels = load_model(moved, "cpu").predict(scan)
+    assert labels.grid == read_image(scan).grid and set(np.unique(labels.array)) <= {0, 1, 2}
+
+
+def test_a_second_run_has_nothing_to_do(dataset, tmp_path):
+    first = run(dataset, workspace=tmp_path / "ws", device="cpu")
+    before = weights(first.workspace)
+    parts: list[str] = []
+    again = run(dataset, workspace=tmp_path / "ws", device="cpu", on_part=parts.append)
+    assert not any("fold" in part for part in parts)
+    assert again.selection == first.selection
+    assert all(np.array_equal(before[name], array) for name, array in weights(again.workspace).items())
+
+
+def test_a_stopped_run_goes_on_where_it_was(dataset, tmp_path):
+    steps = []
+    stopped = run(
+        dataset, workspace=tmp_path / "ws", device="cpu", on_step=lambda p: steps.append(p.step),
+        stop=lambda: len(steps) >= STEPS + 2,
+    )  # fmt: skip
+    assert not stopped.finished and stopped.selection is None
+    done = [
+        task for task in find_tasks(stopped.plan, stopped.workspace) if is_done(task, stopped.plan, stopped.workspace)
+    ]
+    assert done == [Task(NAME, "0")]
+    assert run(dataset, workspace=tmp_path / "ws", device="cpu").finished
+    straight = tmp_path / "straight"
+    shutil.copy(
+        stopped.workspace.folds,
+        Workspace.of(dataset, straight).folds.parent.mkdir(parents=True) or Workspace.of(dataset, straight).folds,
+    )
+    expected = weights(run(dataset, workspace=straight, device="cpu").workspace)
+    found = weights(stopped.workspace)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_ensemble_predicts_the_weighted_mean_of_its_members(dataset, tmp_path):
+    outcome = run(dataset, workspace=tmp_path / "ws", device="cpu")
+    content = json.loads((outcome.workspace.root / "model" / "selection.json").read_text())
+    content["chosen"] = {
+        "members": [{"configuration": NAME, "mirroring": False}, {"configuration": "2d", "mirroring": True}],
+        "weights": [0.25, 0.75], "temperature": 1.0, "cleaning": {},
+    }  # fmt: skip
+    from autoseg.inference.package import export_model
+
+    write_json(tmp_path / "selection.json", content)
+    place = outcome.workspace
+    export_model(place, [NAME, "2d"], tmp_path / "both.zip", selection=tmp_path / "selection.json")
+    scan = dataset / "imagesTr" / "case_01_0000.nii.gz"
+    models = place.root / "models"
+    settings = load_model(models / NAME, "cpu").settings
+    alone = [
+        load_model(models / NAME, "cpu").predict_probabilities(scan, settings=replace(settings, mirroring=False)).array,
+        load_model(models / "2d", "cpu").predict_probabilities(scan, settings=replace(settings, mirroring=True)).array,
+    ]
+    joined = load_model(tmp_path / "both.zip", "cpu").predict_probabilities(scan).array
+    np.testing.assert_allclose(joined, 0.25 * alone[0] + 0.75 * alone[1], atol=2e-3)
+
+
+def test_two_runs_never_work_in_one_workspace(dataset, tmp_path):
+    seen = []
+
+    def second(part: str) -> None:
+        if not seen:
+            seen.append(part)
+            with pytest.raises(StorageError, match=rf"another run works here \(process {os.getpid()}\)"):
+                run(dataset, workspace=tmp_path / "ws", device="cpu")
+
+    assert run(dataset, workspace=tmp_path / "ws", device="cpu", on_part=second).finished
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import autoseg.experiment_planning.planner as planner
+from autoseg.experiment import run
+from test_experiment import two_candidates
+root = Path(sys.argv[1])
+plan = two_candidates(root)
+planner.plan_experiment = lambda *_, **__: plan
+run(root, workspace=Path(sys.argv[2]), device="cpu", on_part=lambda part: print(part, flush=True))
+"""
+
+
+def test_hard_kills_lose_nothing_and_change_nothing(dataset, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED.format(tests=str(ROOT / "tests")), str(dataset), str(tmp_path / "ws")]
+    random = np.random.default_rng(0)
+    kills = 0
+    for _ in range(12):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        try:
+            process.wait(timeout=float(random.uniform(0.2, 3.0)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        process.stdout.close()
+        if process.returncode == 0:
+            break
+    assert kills
+    outcome = run(dataset, workspace=tmp_path / "ws", device="cpu")
+    assert outcome.finished and not list(outcome.workspace.root.rglob("*.partial.*"))
+    straight = Workspace.of(dataset, tmp_path / "straight")
+    straight.root.mkdir(parents=True)
+    shutil.copy(outcome.workspace.folds, straight.folds)
+    expected = weights(run(dataset, workspace=tmp_path / "straight", device="cpu").workspace)
+    found = weights(outcome.workspace)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_time_is_divided_over_the_folds_that_are_left(dataset, tmp_path):
+    now, seconds = [0.0], []
+
+    def clock() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    import autoseg.experiment as experiment
+
+    original = experiment.train
+
+    def watched(*args, **options):
+        seconds.append(options["seconds"])
+        return original(*args, **{**options, "seconds": None, "steps": 2})
+
+    experiment.train = watched
+    try:
+        run(dataset, workspace=tmp_path / "ws", device="cpu", seconds=400.0, clock=clock)
+    finally:
+        experiment.train = original
+    assert len(seconds) == 4 and 80 < seconds[0] < 100 and sum(seconds[:1]) <= 400
+    assert time.monotonic() > 0

@@ -11,15 +11,15 @@ import torch
 from autoseg.device import autocast_dtype
 from autoseg.labels import Labels
 from autoseg.plan import Architecture, Configuration, Shape
-from autoseg.training.batches import blank_batch
 from autoseg.training.settings import RECIPES
+from autoseg.training.shapes import blank_batch
 from autoseg.training.step import build_training, training_step
 
 PROBE_SECONDS = 0.6  # after the first step, the probe ends with the step that passes this
 PROBE_STEPS = 2  # steps after the first one, which warms up
 PROBE_VOXELS = 100_000  # of the probe's batch: about 0.1 s a step on two cores
-# seconds grow with width ** 1.6: convolutions with its square, norms and copies with width itself (16 to 32 feature maps
-# on two cores: 2.7 times in 2D, 3.1 in 3D); below the probe's width less: oneDNN computes channels in blocks of 16
+# seconds grow with width ** 1.6: convolutions with its square, norms and copies with width itself (on two cores, from
+# 16 to 32: 2.7 times in 2D, 3.1 in 3D); below the probe's width less, as oneDNN computes channels in blocks of 16
 WIDTH_EXPONENT = 1.6
 NARROW_EXPONENT = 0.6
 

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,7 +133,7 @@ def _plan(
     workers: int,
     drop_cases: Sequence[str],
     group_by: str | None,
-    fill: Callable[..., bool],
+    fill: Callable[..., None],
 ) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
     """The plan, and the stores that were filled while it was made."""
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
@@ -146,38 +146,36 @@ def _plan(
     if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
         log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
         return kept, ()
+    # networks are sized by one thread of this process; the other cores need not wait for it
     ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
     early = first_stores(fingerprint, configurations, asked, ceiling) if workers > 1 else ()
-    with _beside(fill, early, workers=workers) as filling:
+    with _beside(fill, early):
         plan = plan_experiment(fingerprint, budget, configurations=configurations, asked=asked, ceiling=ceiling)
     _put_models_aside(plan, place, replan=replan)
     write_folds(dataset.root, fingerprint, place.folds, group_by=group_by)
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
-    return plan, early if filling is not None and filling.result() else ()
+    return plan, early
 
 
 @contextlib.contextmanager
-def _beside(
-    fill: Callable[..., bool], stores: tuple[PreprocessingSettings, ...], *, workers: int
-) -> Iterator[Future[bool] | None]:
-    """Fill `stores` while the `with` block sizes networks: it takes one core, the workers the others.
-
-    When the block ends, what is not filled is left to all of them. Gives whether everything is there, in the end.
-    """
-    if not stores:
-        yield None
-        return
+def _beside(fill: Callable[..., None], stores: tuple[PreprocessingSettings, ...]) -> Iterator[None]:
+    """Fill `stores` in a thread beside what the `with` block does; the block's failure ends the filling."""
     ended = threading.Event()
-    stop_workers(keep=workers - 1)  # their memory is better used by what the block does
+
+    def work() -> None:
+        fill(stores, stop=ended.is_set)
+        stop_workers()  # their memory is better used by what the block does
+
     with ThreadPoolExecutor(1) as thread:
-        filling = thread.submit(fill, stores, stop=ended.is_set, workers=workers - 1, beside=True)
+        filling = thread.submit(work) if stores else None
         try:
-            yield filling
-        finally:
+            yield
+        except BaseException:
             ended.set()
-    if not filling.result():
-        start_workers(workers)
+            raise
+        if filling is not None:
+            filling.result()
 
 
 def _plan_of_models(place: Workspace) -> Plan | None:

@@ -140,6 +140,8 @@ def first_choice(planned: Mapping[str, Configuration]) -> tuple[str, str]:
         "kernels in the plane until spacing is even, then 3D, beat both 2D and 3D (Dice 85.7 against 80.4 and 83.6; "
         "Wang et al. 2019); cross-validation may overrule it."
     )
+    if len(planned) == 1:
+        return next(iter(planned)), "it is the only one planned."
     order = {
         "3d_fullres": hybrid,
         "3d_sr": "it is what was asked for, at one scale.",

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import flop_registry
 
 from autoseg.labels import Labels
 from autoseg.plan import Architecture, Configuration, Shape
-from autoseg.training.batches import Batch, blank_batch
 from autoseg.training.settings import RECIPES
+from autoseg.training.shapes import Batch, blank_batch
 from autoseg.training.step import TrainingState, build_training, training_step
 
 CHANNEL_BLOCK = 16  # channels in a block of oneDNN's layout on a processor with 512-bit vectors

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from autoseg.acquisition import offset, slice_weights, slices
 from autoseg.dataset import Case, RawDataset, read_label
@@ -551,6 +550,8 @@ def down_and_up(
 
 def coarse_label(label: NDArray[np.integer[Any]], scale: Vector, acquisition: Acquisition) -> NDArray[Any]:
     """A label (Z, Y, X) on a grid coarser by `scale`: the value with the largest share, background in a tie."""
+    from scipy import ndimage
+
     weights = [None if s == 1 else slice_weights(n, s, acquisition) for n, s in zip(label.shape, scale, strict=True)]
     shape = tuple(n if w is None else len(w) for n, w in zip(label.shape, weights, strict=True))
     background, winner = np.ones(shape, np.float32), np.zeros(shape, label.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -407,8 +408,18 @@ def test_a_damaged_case_ends_the_training_with_its_name(plan: Plan, workspace: W
     store = Store(workspace.store(plan.configurations[0].preprocessing))
     for case in store.cases():
         path = store.folder / store.entry(case).arrays["image"].file
-        path.write_bytes(path.read_bytes()[:-9])
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
     with pytest.raises(StorageError, match="Case case_0.: the preprocessed file .* is damaged"):
+        train(plan, workspace)
+
+
+def test_files_that_were_cut_off_are_all_named_before_the_training_begins(plan: Plan, workspace: Workspace) -> None:
+    store = Store(workspace.store(plan.configurations[0].preprocessing))
+    for case in store.cases()[:2]:
+        os.truncate(store.folder / store.entry(case).arrays["label"].file, 9)
+    with pytest.raises(StorageError, match=r"2 cases .*case_00\.label\.b2nd.*case_01\.label\.b2nd"):
         train(plan, workspace)
 
 

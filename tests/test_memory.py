@@ -12,8 +12,8 @@ from tiny_training import sr_configuration, stack_configuration
 from autoseg.experiment_planning.memory import PRECISIONS, StepMeter, training_memory
 from autoseg.experiment_planning.timing import probe_speed
 from autoseg.plan import TrainingSettings
-from autoseg.training.batches import blank_batch
 from autoseg.training.settings import RECIPES
+from autoseg.training.shapes import blank_batch
 from autoseg.training.step import build_training, training_step
 
 spec = importlib.util.spec_from_file_location(

@@ -22,10 +22,11 @@ from autoseg.plan import Acquisition, Architecture, Configuration, Normalization
 from autoseg.preprocessing.degradation import degrade_entry, input_moments
 from autoseg.preprocessing.store import Store
 from autoseg.training.augment import Augmentation
-from autoseg.training.batches import Samples, _seed_everything, blank_batch, collate
-from autoseg.training.samples import common_face, fine_patch, sample_shapes
+from autoseg.training.batches import Samples, _seed_everything, collate
+from autoseg.training.samples import common_face
 from autoseg.training.sampling import read_patch
 from autoseg.training.settings import CURRICULUM_STEPS
+from autoseg.training.shapes import blank_batch, fine_patch, sample_shapes
 
 MANY = Labels.from_json({"background": 0, **{f"slice_{i}": i for i in range(1, 31)}})
 STILL = TrainingSettings(mirror_axes=())

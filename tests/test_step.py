@@ -12,8 +12,8 @@ from torch import Tensor
 from autoseg.labels import Labels
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Configuration, TrainingSettings
-from autoseg.training.samples import sample_shapes
 from autoseg.training.settings import EMA_WIDTH, RECIPES, Recipe
+from autoseg.training.shapes import sample_shapes
 from autoseg.training.step import TrainingState, build_training, training_step, update_average
 
 ADAMW = Recipe("adamw", learning_rate=5e-3, weight_decay=1e-2, schedule="poly")

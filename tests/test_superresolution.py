@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import memory_by_formula
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -345,6 +345,31 @@ def test_bodies_of_one_scale_share_a_store():
     assert flat.median_shape == (50, 9, 35)
     stack = plan.configuration("2.5d_stack_sr")
     assert stack.architecture.context_slices == 5 and stack.sr_scale == (4.0, 1.0, 1.0)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shape=st.tuples(*(st.integers(5, 120) for _ in range(3))),
+    spacing=st.tuples(*(st.floats(0.5, 2.0) for _ in range(3))),
+    scale=st.floats(1.3, 8.0),
+    axis=st.integers(0, 2),
+    task=st.sampled_from(["joint", "segmentation", "super_resolution"]),
+)
+def test_any_scale_of_any_dataset_gets_plans_that_load(tmp_path_factory, shape, spacing, scale, axis, task):
+    asked = Asked(scale=tuple(scale if a == axis else 1.0 for a in range(3)), output_spacing=spacing, task=task)
+    names = ["3d_sr", "3d_sr_any", "2d_sr", "2.5d_stack_sr"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Planner, "measure", memory_by_formula)
+        plan = plan_by_memory(dataset(shape, spacing), asked=asked, configurations=names)
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan  # which checks every value
+    for c in plan.configurations:
+        store, wanted = c.preprocessing.spacing, c.input_preprocessing.spacing
+        frame = c.frames(training=False)[0]
+        factors = [1.0 if s is None else w / s for w, s in zip(wanted, store, strict=True)]
+        assert factors == pytest.approx([c.sr_scale[frame.index(a)] for a in range(3)])
+    assert explain(plan)
 
 
 def test_planes_are_super_resolved_in_the_plane(counted):

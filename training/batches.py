@@ -10,40 +10,23 @@ import random
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from autoseg.errors import AutosegError, PlanError, StorageError, WorkerError
 from autoseg.executor import available_cores
 from autoseg.labels import Labels
-from autoseg.networks.upsampling import OutputGrid
-from autoseg.plan import Architecture, Configuration, Shape, Vector
+from autoseg.plan import Configuration, Shape, Vector
 from autoseg.preprocessing.framed import FramedEntry
 from autoseg.preprocessing.store import Store, StoreEntry
 from autoseg.training.augment import Augmentation
-from autoseg.training.samples import SOURCES, Place, Sample, at_scale, sample_shapes
+from autoseg.training.samples import SOURCES, Place, Sample
 from autoseg.training.sampling import PatchSampler
 from autoseg.training.settings import CURRICULUM_STEPS, PREFETCH_BATCHES
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one optimiser step sees."""
-
-    image: Tensor
-    """(B, C, Z + 2 halo, Y, X) float32."""
-    label: Tensor
-    """(B, 1, Z, Y, X) int16, label values, on the output grid."""
-    truth: Tensor | None = None
-    """(B, I, *grid.shape) float32, the fine image in the units of the input; None where there is none."""
-    grid: OutputGrid | None = None
-    """The output grid, the same for the whole batch; None without super-resolution."""
-
+from autoseg.training.shapes import Batch, at_scale
 
 FEW_CORES = 4  # up to so many, a thread prepares patches beside the optimiser; more cores afford processes
 DYING_SECONDS = 5.0  # a worker that has closed its connections is gone by then
@@ -149,22 +132,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.stack(truths) if truths else None,
         grid,
     )
-
-
-def blank_batch(
-    architecture: Architecture,
-    batch_size: int,
-    patch_size: Shape,
-    *,
-    configuration: Configuration | None = None,
-    device: torch.device | str = "cpu",
-) -> Batch:
-    """Zeros of the shapes that a training sees: what a step needs and takes is measured with them."""
-    shapes = sample_shapes(architecture, patch_size, configuration=configuration)
-    image = torch.zeros((batch_size, architecture.input_channels, *shapes.image), device=device)
-    label = torch.zeros((batch_size, 1, *shapes.label), dtype=torch.int16, device=device)
-    fine = (batch_size, shapes.truth_channels, *shapes.label)
-    return Batch(image, label, torch.zeros(fine, device=device) if shapes.truth_channels else None, shapes.grid)
 
 
 def batches(samples: Samples, *, batch_size: int, first_step: int, workers: int) -> Iterator[Batch]:

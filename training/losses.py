@@ -14,7 +14,7 @@ from autoseg.errors import PlanError, unknown_choice
 from autoseg.labels import Labels
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Acquisition, Architecture, Configuration, Vector
-from autoseg.training.samples import has_fine_image
+from autoseg.training.shapes import has_fine_image
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class finite (nnU-Net's)
 LEAST_SPREAD = 1e-3  # of a feature over a batch; below it the feature says nothing there and is not blown up

@@ -6,7 +6,6 @@ Without super-resolution input and label are patches of one grid. With it there 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from autoseg.acquisition import degrade, draw_thickness
 from autoseg.networks.upsampling import OutputGrid
-from autoseg.plan import Acquisition, Architecture, Configuration, Shape, Vector
+from autoseg.plan import Acquisition, Configuration, Shape, Vector
 from autoseg.preprocessing.degradation import centre, input_moments, masked_channels
 from autoseg.preprocessing.framed import FramedEntry
 from autoseg.training.augment import Augmentation, source_size
 from autoseg.training.sampling import inside_mask, read_patch
+from autoseg.training.shapes import fine_patch, paired_grid
 
-ROUNDING = 1e-6  # by which a product of a size and a scale may exceed a whole number and still be one
 COVERED = 0.5  # share of a thick slice that must lie in the image; a slice with less is outside and zero, as a patch is
 SHIFTS = 4  # input voxels by which a patch may be moved to a place where input and label voxels begin together
 
@@ -55,49 +54,6 @@ class Place:
 
 Draw = Callable[[Shape], Place]  # a place for a patch of that many voxels
 Seed = Callable[[], None]  # sets the global generators that augmentation draws from
-
-
-@dataclass(frozen=True)
-class FinePatch:
-    """The fine voxels behind an input patch, and those that the network is asked for."""
-
-    source: Shape
-    """Fine voxels that the forward model makes the input of, with its halo."""
-    first: int
-    """Of `source` along axis 0: where the voxels begin that are asked for."""
-    grid: OutputGrid
-    """What is asked for."""
-
-
-def fine_patch(patch: Shape, scale: Vector, *, halo: int = 0) -> FinePatch:
-    """The smallest fine patch that holds just `patch` thick voxels (and the halo), centred as `acquisition` has it."""
-    sizes = [math.ceil(size * factor - ROUNDING) for size, factor in zip(patch, scale, strict=True)]
-    source = math.ceil((patch[0] + 2 * halo) * scale[0] - ROUNDING)
-    if (source - sizes[0]) % 2 and math.floor((source + 1) / scale[0] + ROUNDING) == patch[0] + 2 * halo:
-        source += 1  # both have their middle in the same place
-    first = (source - sizes[0]) // 2
-    before = (source - patch[0] * scale[0]) / 2  # fine voxels before the patch without its halo
-    starts = [first - before, *(-(n - p * s) / 2 for n, p, s in zip(sizes[1:], patch[1:], scale[1:], strict=True))]
-    grid = OutputGrid((sizes[0], sizes[1], sizes[2]), scale, (starts[0], starts[1], starts[2]))
-    return FinePatch((source, sizes[1], sizes[2]), first, grid)
-
-
-def paired_grid(patch: Shape, scale: Vector) -> OutputGrid:
-    """The label's voxels behind an input patch that begins where one of them does."""
-    z, y, x = (math.ceil(size * factor - ROUNDING) for size, factor in zip(patch, scale, strict=True))
-    return OutputGrid((z, y, x), scale)
-
-
-def output_grid(patch: Shape, scale: Vector, *, halo: int, source: str) -> OutputGrid | None:
-    """The grid on which the label of an input patch lies; None where it is the input's."""
-    if source == "none":
-        return None
-    return paired_grid(patch, scale) if source == "paired" else fine_patch(patch, scale, halo=halo).grid
-
-
-def has_fine_image(architecture: Architecture, source: str) -> bool:
-    """Whether samples come with the image that the image head should answer with."""
-    return architecture.image_channels > 0 and source in ("degraded", "self")
 
 
 class Source(Protocol):
@@ -229,48 +185,6 @@ def common_face(start: int, scale: float) -> int:
 
 
 SOURCES: dict[str, type[Source]] = {"none": SameGrid, "degraded": Degraded, "self": Degraded, "paired": Paired}
-
-
-@dataclass(frozen=True)
-class SampleShapes:
-    """What a training sample looks like, channels left out."""
-
-    image: Shape
-    """Of the input, with its halo."""
-    label: Shape
-    truth_channels: int
-    """Of the fine image; 0 where samples have none."""
-    grid: OutputGrid | None
-
-
-def sample_shapes(
-    architecture: Architecture, patch_size: Shape, *, configuration: Configuration | None = None
-) -> SampleShapes:
-    """The shapes that `SOURCES` give for an input patch; of an any-scale network those of its largest scale.
-
-    Without a configuration, truth is taken to be degraded, at the head's scale.
-    """
-    if configuration is None:
-        source, scale = "none" if architecture.head == "plain" else "degraded", architecture.head_scale
-    else:
-        source, scale = configuration.sr_source, largest_scale(configuration)
-    grid = output_grid(patch_size, scale, halo=architecture.halo, source=source)
-    image = (patch_size[0] + 2 * architecture.halo, *patch_size[1:])
-    channels = architecture.image_channels if has_fine_image(architecture, source) else 0
-    return SampleShapes(image, patch_size if grid is None else grid.shape, channels, grid)
-
-
-def largest_scale(configuration: Configuration) -> Vector:
-    """The scale of a configuration's samples that needs most memory."""
-    if configuration.sr_range is None:
-        return configuration.sr_scale
-    return at_scale(configuration, configuration.sr_range[1])
-
-
-def at_scale(configuration: Configuration, scale: float) -> Vector:
-    """`scale` along the axes that the configuration refines, 1 along the others."""
-    z, y, x = (scale if planned > 1 else 1.0 for planned in configuration.sr_scale)
-    return (z, y, x)
 
 
 def _around(start: Sequence[int], patch: Shape, size: Shape) -> Shape:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError, StorageError
+from autoseg.files import remove_leftovers
 from autoseg.pipeline import plan_and_preprocess, train, validate
 from autoseg.plan import Plan
 from autoseg.workspace import CHECKPOINT, HISTORY, RESUME, VALIDATION, Workspace
@@ -90,6 +91,7 @@ def run(
     began = clock()
     place = Workspace.of(Path(dataset_root).resolve(), workspace)
     with _alone(place):
+        remove_leftovers(place.root)
         on_part("planning and preprocessing")
         planned = plan_and_preprocess(
             dataset_root,

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,27 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(path, error) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left half-written anywhere under `folder`; living ones keep theirs."""
+    for path in folder.rglob(f".*{PARTIAL}.*"):
+        writer = path.name[1:].partition(".")[0]
+        if not (writer.isdigit() and _is_alive(int(writer))):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return process != os.getpid()
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -132,7 +132,7 @@ class Model:
         own, where a voxel gets the class with the largest mean probability. Raises DatasetError where a file cannot be
         read and PredictionError where the image does not fit the model.
         """
-        settings = settings or self.settings
+        settings = settings or self.default_settings
         image = self.read(source, spacing)
         answer = self.label_answer(image, native=native, output_spacing=output_spacing, settings=settings)
         return self.labels_of(answer)
@@ -150,7 +150,7 @@ class Model:
 
         Takes and raises what `predict` does.
         """
-        settings = settings or self.settings
+        settings = settings or self.default_settings
         image = self.read(source, spacing)
         answer = self.label_answer(image, native=native, output_spacing=output_spacing, settings=settings)
         return self.probabilities_of(answer, max_ram_bytes=settings.max_ram_bytes)
@@ -168,7 +168,7 @@ class Model:
         Normalised intensities where the normalisation cannot be undone (masked or bias-corrected). Takes and raises
         what `predict` does, and PredictionError where the model has no image head.
         """
-        settings = settings or self.settings
+        settings = settings or self.default_settings
         image = self.read(source, spacing)
         case = self.preprocess(image)
         answer = self.answer(case, image=image, output_spacing=output_spacing, settings=settings)
@@ -280,7 +280,8 @@ class Model:
         settings: PredictionSettings | None = None,
     ) -> CaseAnswer:
         """What the networks answer about a case from `preprocess`, and where; a cascade needs its `image` too."""
-        settings = settings or self.settings
+        settings = settings or self.default_settings
+        asked = settings  # what the partners are given
         settings = replace(settings, mirroring=settings.mirroring and self.settings.mirroring)
         geometry = output_geometry(self.configuration, case.geometry, output_spacing)
         if self.needs_image and image is None:
@@ -294,12 +295,18 @@ class Model:
         if not self.partners or image is None:
             return own
         logits, _ = average_on_one_grid(
-            itertools.chain([(own.logits, geometry)], self._partner_answers(image, settings)),
+            itertools.chain([(own.logits, geometry)], self._partner_answers(image, asked)),
             regions=self.plan.labels.has_regions,
             target=geometry,
             weights=[self.weight, *(partner.weight for partner in self.partners)],
         )
         return CaseAnswer(NetworkAnswer(logits, own.answer.image), geometry)
+
+    @property
+    def default_settings(self) -> PredictionSettings:
+        """The settings that hold where none are given; each member of an ensemble mirrors only where it pays for it."""
+        mirroring = any(model.settings.mirroring for model in (self, *self.partners))
+        return replace(self.settings, mirroring=mirroring)
 
     @property
     def needs_image(self) -> bool:

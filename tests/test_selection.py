@@ -50,8 +50,11 @@ def wrong_in(share: float, *, seed: int) -> Make:
     """Right but for a random share of the voxels, which are taken for the next class."""
 
     def make(generator: np.random.Generator, truth: np.ndarray) -> np.ndarray:
-        flip = np.random.default_rng((seed, int(generator.integers(10**6)))).random(truth.shape) < share
-        return sure(np.where(flip, (truth + 1) % 3, truth))
+        own = np.random.default_rng((seed, int(generator.integers(10**6))))
+        flip = own.random(truth.shape) < share
+        answer = sure(np.where(flip, (truth + own.integers(1, 3, truth.shape)) % 3, truth))
+        answer *= own.uniform(0.9, 1.1, answer.shape)  # no two are as sure of themselves
+        return answer / answer.sum(axis=0)
 
     return make
 
@@ -127,7 +130,8 @@ def test_islands_are_removed_where_the_structure_is_one_piece(tmp_path):
 
 def test_overconfident_probabilities_are_cooled_down(tmp_path):
     def overconfident(generator: np.random.Generator, truth: np.ndarray) -> np.ndarray:
-        return np.clip(wrong_in(0.3, seed=3)(generator, truth) ** 4, 1e-3, 1)
+        sharp = wrong_in(0.15, seed=3)(generator, truth) ** 3
+        return sharp / sharp.sum(axis=0)
 
     selection = Trained(tmp_path, {"a": {"plain": overconfident}}).select()
     before, after = selection.calibration_error

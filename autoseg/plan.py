@@ -21,7 +21,7 @@ from autoseg.errors import PlanError, unknown_choice
 from autoseg.files import read_json, write_json
 from autoseg.labels import Labels
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 Vector = tuple[float, float, float]
 Shape = tuple[int, int, int]

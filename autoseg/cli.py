@@ -361,13 +361,13 @@ def train_fold(
     Example:
       autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0 --time 30m
     """
-    from autoseg.pipeline import load_plan, train, validate
+    from autoseg.pipeline import load_plan, require_current_store, train, validate
     from autoseg.units import format_seconds, parse_seconds
 
     screen = SCREEN.get()
     seconds = parse_seconds(time, option="--time") if time else None
     plan, place = load_plan(dataset, workspace)
-    plan.configuration(configuration)
+    require_current_store(dataset, plan, configuration, workspace=place)
     with screen.training(f"{configuration} fold {fold}") as bar, screen.stop_signals() as stop:
         trained = train(
             plan,
@@ -500,7 +500,7 @@ def predict(
         **ram,
         **({"workers": workers} if workers is not None else {}),
     )
-    chosen = [name.strip() for name in folds.split(",")] if folds else ()
+    chosen = [name.strip() for name in folds.split(",") if name.strip()] if folds else ()
     loaded = load_model(model, device, folds=chosen)
     with screen.named_cases("predicting") as progress:
         outcome = predict_files(loaded, input, output, options=options, progress=progress)
@@ -666,7 +666,7 @@ def export(
     plan, place = load_plan(dataset, workspace)
     name = configuration or trained_configuration(plan, place)
     plan.configuration(name)
-    chosen = [fold.strip() for fold in folds.split(",")] if folds else ()
+    chosen = [fold.strip() for fold in folds.split(",") if fold.strip()] if folds else ()
     SCREEN.get().say(f"{export_model(place, name, output, folds=chosen, licence=licence)}")
     return DONE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,11 @@ def _explicit_cases(root: Path, listed: Any) -> tuple[list[Case], dict[str, list
     cases, problems = [], {}
     for identifier in sorted(listed):
         entry = listed[identifier]
+        if not re.fullmatch(r"[^/\\:]+", identifier) or identifier.startswith("."):
+            raise DatasetError(
+                f"{where}: '{identifier}' cannot be the name of a case, because files are named after it; leave out "
+                "slashes, colons and a leading dot."
+            )
         images = entry.get("images") if isinstance(entry, Mapping) else None
         label = entry.get("label") if isinstance(entry, Mapping) else None
         if not isinstance(images, list) or not images or not all(isinstance(i, str) for i in [*images, label]):

@@ -100,7 +100,7 @@ def run(
             fold_seconds=_fold_seconds(place, seconds, configurations),
             configurations=configurations,
             drop_broken=drop_broken,
-            group_by=group_by if not place.folds.exists() else None,
+            group_by=group_by,
             device=device,
             workers=workers,
         )

@@ -100,6 +100,8 @@ def read_json(path: Path, *, error: Callable[[str], AutosegError], what: str, re
         raise error(
             f"{path}: the {what} is not valid JSON (line {broken.lineno}, column {broken.colno}: {broken.msg}){end}"
         ) from broken
+    except RecursionError as broken:
+        raise error(f"{path}: the {what} is nested too deeply{end}") from broken
     except UnicodeDecodeError as broken:
         raise error(f"{path}: the {what} is not a text file{end}") from broken
     except OSError as unreadable:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from autoseg.dataset import RawDataset, list_cases
 from autoseg.errors import DatasetError, PlanError, StorageError
 from autoseg.executor import start_workers, stop_workers
+from autoseg.labels import Labels
 from autoseg.plan import Budget, Plan, PreprocessingSettings, Vector, to_json
 from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, Workspace
@@ -137,22 +138,27 @@ def _plan(
 ) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
     """The plan, and the stores that were filled while it was made."""
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
-    from autoseg.experiment_planning.folds import write_folds
+    from autoseg.experiment_planning.folds import plan_folds
     from autoseg.experiment_planning.planner import first_stores, plan_experiment
     from autoseg.experiment_planning.superresolution import label_ceiling
+    from autoseg.training.folds import write_folds
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
+    folds = plan_folds(dataset.root, fingerprint, place.folds, group_by=group_by)
     kept = None if replan else _plan_of_models(place)
     if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
         log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
         return kept, ()
     # networks are sized by one thread of this process; the other cores need not wait for it
     ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
-    early = first_stores(fingerprint, configurations, asked, ceiling) if workers > 1 else ()
+    early: tuple[PreprocessingSettings, ...] = ()
+    if workers > 1 and not _trained(place):  # what trained models were made from stays until the plan may change
+        early = first_stores(fingerprint, configurations, asked, ceiling)
     with _beside(fill, early):
         plan = plan_experiment(fingerprint, budget, configurations=configurations, asked=asked, ceiling=ceiling)
     _put_models_aside(plan, place, replan=replan)
-    write_folds(dataset.root, fingerprint, place.folds, group_by=group_by)
+    if folds:
+        write_folds(place.folds, folds)
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
     return plan, early
@@ -180,7 +186,7 @@ def _beside(fill: Callable[..., None], stores: tuple[PreprocessingSettings, ...]
 
 def _plan_of_models(place: Workspace) -> Plan | None:
     """The plan that is there, where folds are trained; None where there is neither or it cannot be read."""
-    if not place.plan.exists() or not any((place.root / MODELS).glob(f"*/fold_*/{CHECKPOINT}")):
+    if not place.plan.exists() or not _trained(place):
         return None
     try:
         return Plan.load(place.plan)
@@ -208,6 +214,11 @@ def _vector(values: Sequence[float] | None) -> Vector | None:
         return None
     z, y, x = values
     return z, y, x
+
+
+def _trained(place: Workspace) -> list[Path]:
+    """The checkpoints that are there."""
+    return sorted((place.root / MODELS).glob(f"*/fold_*/{CHECKPOINT}"))
 
 
 def _answers(plan: Plan, budget: Budget, configurations: Sequence[str] | None, asked: Asked | None) -> bool:
@@ -263,14 +274,16 @@ def trained_configuration(plan: Plan, place: Workspace) -> str:
 
 
 def _shown(value: object) -> str:
-    names = getattr(value, "names", value)
-    return ", ".join(map(str, names)) if isinstance(names, tuple) else str(names)
+    if isinstance(value, Labels):
+        pairs = zip(value.names, value.values, strict=True)
+        return ", ".join(f"{name} {'+'.join(map(str, values))}" for name, values in pairs)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _put_models_aside(plan: Plan, place: Workspace, *, replan: bool) -> None:
     """Refuse to change the plan under trained models, or move them to a folder that is named after their plan."""
     models = place.root / MODELS
-    trained = sorted(models.glob(f"*/fold_*/{CHECKPOINT}"))
+    trained = _trained(place)
     if not trained or not place.plan.exists():
         return
     try:
@@ -333,6 +346,20 @@ def _check_writable(place: Workspace) -> None:
     probe = place.root / ".writable"
     write_text(probe, "")
     probe.unlink(missing_ok=True)
+
+
+def require_current_store(dataset_root: Path, plan: Plan, configuration: str, *, workspace: Workspace) -> None:
+    """Refuse to train on a store that was made from other files than the dataset has now. Raises PlanError."""
+    from autoseg.preprocessing.run import outdated_cases
+
+    dataset = list_cases(Path(dataset_root)).dataset
+    changed, gone = outdated_cases(dataset, plan.configuration(configuration).preprocessing, workspace)
+    if changed or gone:
+        what = [f"{', '.join(names[:5])} ({word})" for names, word in ((changed, "changed"), (gone, "gone")) if names]
+        raise PlanError(
+            f"{workspace.root}: the files of {len(changed) + len(gone)} cases are not those that were preprocessed: "
+            f"{'; '.join(what)}; run `autoseg plan-and-preprocess` again."
+        )
 
 
 def train(

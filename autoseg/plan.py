@@ -38,6 +38,7 @@ BLOCKS = ("plain", "residual")
 RECIPES = ("adamw", "sgd")
 SCHEMES = ("ct", "zscore", "masked_zscore", "none", "rescale", "rgb")
 BIAS_CORRECTION = "n4+"  # before a scheme's name: the bias field is corrected first
+MOST_VOXELS = 2**31  # of a batch; no GPU holds the features of so many
 LARGEST_SCALE = 8.0  # of super-resolution: the largest that has been shown to work at all (Dual-ArbNet)
 HIGHEST_ORDER = 5  # of the splines that scipy has
 
@@ -382,6 +383,8 @@ def _network_problem(c: Configuration, plan: Plan) -> str | None:
         return problem
     if c.batch_size < 1:
         return f"batch_size must be at least 1, got {c.batch_size}"
+    if c.batch_size * math.prod(c.patch_size) > MOST_VOXELS:
+        return f"batch_size {c.batch_size} with patch_size {list(c.patch_size)} is more than {MOST_VOXELS} voxels"
     labelled = (0, plan.labels.output_channels) if a.image_channels else (plan.labels.output_channels,)
     if a.output_channels not in labelled:
         return f"output_channels must be {plan.labels.output_channels} for these labels, got {a.output_channels}"

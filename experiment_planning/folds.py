@@ -15,9 +15,11 @@ from autoseg.experiment_planning.fingerprint import Fingerprint
 from autoseg.files import read_json
 from autoseg.training.folds import (
     FOLDS,
+    Fold,
     groups_by_prefix,
-    load_or_make_folds,
+    load_folds,
     look_like_repeated_patients,
+    make_folds,
     read_groups,
 )
 
@@ -27,17 +29,16 @@ PREFIX = "prefix"  # groups by the names of the cases, without their last part
 GROUPS = "groups"  # key of dataset.json
 
 
-def write_folds(root: Path, fingerprint: Fingerprint, path: Path, *, group_by: str | None = None) -> None:
-    """Write folds where patients, equal images or rare classes ask for others than nnU-Net's.
+def plan_folds(root: Path, fingerprint: Fingerprint, path: Path, *, group_by: str | None = None) -> list[Fold]:
+    """The folds to write to `path`, where patients, equal images or rare classes ask for others than nnU-Net's.
 
-    Those are left to the first training to write, and folds that are there are kept. `group_by` is a JSON file of
-    case: patient, or "prefix"; without it the entry "groups" of the dataset.json in `root` counts. Raises PlanError.
+    Empty where nothing is to be written: nnU-Net's are left to the first training, and folds that are there are kept.
+    `group_by` is a JSON file of case: patient, or "prefix"; without it the entry "groups" of the dataset.json in
+    `root` counts. Raises PlanError, also where folds that are there part the groups that are asked for.
     """
     names = [case.identifier for case in fingerprint.cases]
-    if path.exists():
-        if group_by:
-            raise PlanError(f"{path}: the folds are made already; delete the file to have them grouped.")
-        return
+    if path.exists() and not group_by:
+        return []
     groups = _join_equal_images(_groups(root, names, group_by), fingerprint)
     alone = len(set(groups.values())) == len(names)
     if len(names) > 1 and not (alone and _every_class_is_common(fingerprint)):
@@ -46,7 +47,17 @@ def write_folds(root: Path, fingerprint: Fingerprint, path: Path, *, group_by: s
             case.identifier: {name for name, voxels in zip(classes, case.class_voxels, strict=True) if voxels}
             for case in fingerprint.cases
         }
-        load_or_make_folds(path, names, groups=groups, shows=shows)
+        folds = make_folds(names, groups=groups, shows=shows)
+        if not path.exists():
+            return folds
+        for fold in load_folds(path, names):
+            parted = {groups[case] for case in fold.train} & {groups[case] for case in fold.validation}
+            if parted:
+                raise PlanError(
+                    f"{path}: the folds that are there part {sorted(parted)[0]} ({len(parted)} groups in all); delete "
+                    "the file, and the models that were trained with it, to have them grouped."
+                )
+    return []
 
 
 def _groups(root: Path, names: list[str], group_by: str | None) -> dict[str, str]:

@@ -27,7 +27,7 @@ from typing import IO, Any
 from autoseg import __version__
 from autoseg.checkpoint import Checkpoint
 from autoseg.errors import CheckpointError, StorageError
-from autoseg.files import PARTIAL, atomic_path, storage_error
+from autoseg.files import PARTIAL, atomic_path, read_json, storage_error
 from autoseg.inference.evaluation import SUMMARY
 from autoseg.plan import Plan, to_json
 from autoseg.workspace import CHECKPOINT, VALIDATION, Workspace
@@ -64,6 +64,8 @@ def export_model(
     output = Path(output)
     if not replace and output.exists() and (output.is_file() or any(output.iterdir())):
         raise StorageError(f"{output}: is there already; delete it, or give another name.")
+    if output.suffix and output.suffix.lower() != ZIP_ENDING and output.suffix[1:].isalpha():
+        raise StorageError(f"{output}: a model is exported to a .zip or to a folder, whose name has no ending.")
     names = [configuration] if isinstance(configuration, str) else list(configuration)
     found = {path: checkpoint for name in names for path, checkpoint in _members(workspace, name, folds)}
     members = list(found.items())
@@ -114,7 +116,7 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 def is_packed(path: Path) -> bool:
     """Whether `path` is an exported model: a folder with a manifest, or a zip."""
-    return (path / MANIFEST).is_file() or (path.is_file() and zipfile.is_zipfile(path))
+    return (path / MANIFEST).is_file() or (path.is_file() and path.suffix.lower() == ZIP_ENDING)
 
 
 # ---- writing
@@ -147,8 +149,11 @@ def _provenance(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     entry: dict[str, Any] = {"configuration": checkpoint.configuration, "fold": checkpoint.fold, **checkpoint.summary}
     summary = path.parent / VALIDATION / SUMMARY
     if summary.is_file():
-        content = json.loads(summary.read_text(encoding="utf-8"))
-        entry["held_out_dice"] = {name: row["dice"]["mean"] for name, row in content["by_class"].items()}
+        content = read_json(summary, error=CheckpointError, what="summary of scores", remedy="validate the fold anew")
+        try:
+            entry["held_out_dice"] = {name: row["dice"]["mean"] for name, row in content["by_class"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{summary}: this is not a summary of scores; validate the fold anew.") from error
     return entry
 
 

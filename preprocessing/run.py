@@ -82,6 +82,18 @@ def preprocess(
         raise DatasetError(_broken_cases(broken))
 
 
+def outdated_cases(
+    dataset: RawDataset, settings: PreprocessingSettings, workspace: Workspace
+) -> tuple[list[str], list[str]]:
+    """Cases of a store whose raw files have changed since, and those that the dataset has no longer."""
+    store, known = Store(workspace.store(settings)), {case.identifier: case for case in dataset.cases}
+    stored = store.cases()
+    changed = [
+        name for name in stored if name in known and store.entry(name).source != _source(known[name], dataset.labels)
+    ]
+    return changed, [name for name in stored if name not in known]
+
+
 @dataclass(frozen=True)
 class Target:
     """One store to fill and the settings that it stands for."""

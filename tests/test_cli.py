@@ -333,6 +333,57 @@ def test_incomplete_and_damaged_cases_are_named_together(tiny_dataset: Callable[
     answer.refused("2 of 4 training cases", "case_00.nii.gz is missing", "case_02_0000.nii.gz", "--drop-cases")
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [(), ("--replan", "--group-by", "nosuch.json")])
+def test_a_refused_plan_leaves_models_store_and_plan_as_they_were(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    root = copy / NAME
+    rewrite(root / "imagesTr" / "case_01_0000.nii.gz", lambda array: array[:, ::-1])
+    stand_in_planner(monkeypatch, replace(small_plan(root), fingerprint="of other images"))
+    before = contents(copy / "ws")
+    autoseg("plan-and-preprocess", root, "--workspace", copy / "ws", "--workers", 2, *words).refused()
+    assert contents(copy / "ws") == before
+
+
+def test_a_store_that_was_made_from_other_files_is_not_trained_on(copy: Path) -> None:
+    rewrite(copy / NAME / "imagesTr" / "case_01_0000.nii.gz", lambda array: array[:, ::-1])
+    (copy / NAME / "imagesTr" / "case_02_0000.nii.gz").unlink()
+    (copy / NAME / "labelsTr" / "case_02.nii.gz").unlink()
+    train(copy, fold="1").refused("2 cases", "case_01 (changed)", "case_02 (gone)", "plan-and-preprocess")
+    assert not (copy / "ws" / NAME / "models" / "3d_fullres" / "fold_1").exists()
+
+
+def test_a_volume_is_not_predicted_to_a_picture(copy: Path, tmp_path: Path) -> None:
+    scan = copy / NAME / "imagesTr" / "case_00_0000.nii.gz"
+    answer = predict(copy, scan, tmp_path / "labels.png")
+    assert answer.status == 2 and "a volume of 12 slices is not written to .png" in answer.errors
+    assert not (tmp_path / "labels.png").exists()
+
+
+@pytest.mark.parametrize("content", ["{", '{"by_class": 3}', "[" * 20_000])
+def test_export_names_a_damaged_summary(copy: Path, tmp_path: Path, content: str) -> None:
+    (fold_of(copy) / "validation" / "summary.json").write_text(content)
+    common = ("--workspace", copy / "ws")
+    autoseg("export", copy / NAME, tmp_path / "model.zip", *common).refused("summary.json")
+    assert not (tmp_path / "model.zip").exists()
+
+
+def test_an_exported_model_predicts_what_the_fold_does(copy: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.zip"
+    assert autoseg("export", copy / NAME, model, "--licence", "CC0", "--workspace", copy / "ws").status == 0
+    scan = copy / NAME / "imagesTr" / "case_00_0000.nii.gz"
+    assert autoseg("predict", scan, tmp_path / "a.nii.gz", "--model", model).status == 0
+    assert predict(copy, scan, tmp_path / "b.nii.gz").status == 0
+    assert np.array_equal(read_image(tmp_path / "a.nii.gz").array, read_image(tmp_path / "b.nii.gz").array)
+    autoseg("export", copy / NAME, tmp_path / "model.tar", "--workspace", copy / "ws").refused("model.tar", ".zip")
+    (tmp_path / "cut.zip").write_bytes(model.read_bytes()[:500])
+    autoseg("predict", scan, tmp_path / "c.nii.gz", "--model", tmp_path / "cut.zip").refused("cut.zip", "zip")
+
+
 @pytest.mark.parametrize("command", ["verify", "explain"])
 def test_a_device_that_cannot_be_is_refused_even_where_nothing_is_computed(
     tiny_dataset: Callable[..., Path], command: str

@@ -129,6 +129,15 @@ def test_every_incomplete_case_is_named_with_the_file_that_is_missing(tiny_datas
     assert [case.identifier for case in list_cases(root).dataset.cases] == ["case_00", "case_02"]
 
 
+@pytest.mark.parametrize("name", ["../../evil", "site/case1", ".hidden", "c:evil"])
+def test_a_case_whose_name_leads_elsewhere_is_refused(tiny_dataset: Factory, name: str) -> None:
+    root = tiny_dataset(cases=1)
+    files = {"images": ["imagesTr/case_00_0000.nii.gz"], "label": "labelsTr/case_00.nii.gz"}
+    describe(root, dataset={name: files})
+    with pytest.raises(DatasetError, match="cannot be the name of a case"):
+        RawDataset.load(root)
+
+
 def test_a_channel_too_many_is_refused(tiny_dataset: Factory) -> None:
     root = tiny_dataset(cases=1, channels=("T1", "T2"))
     describe(root, channel_names={"0": "T1"})

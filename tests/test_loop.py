@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -413,6 +414,15 @@ def test_a_damaged_case_ends_the_training_with_its_name(plan: Plan, workspace: W
         path.write_bytes(content)
     with pytest.raises(StorageError, match="Case case_0.: the preprocessed file .* is damaged"):
         train(plan, workspace)
+
+
+def test_who_gets_far_fewer_steps_than_were_forecast_is_told(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = tiny_plan(tiny_configuration(training=TrainingSettings(steps=1000, seconds=60.0)))
+    with caplog.at_level(logging.WARNING):
+        train(plan, workspace, seconds=6.0, clock=Clock(1.0))
+    assert "6 steps were taken where about 100 were forecast" in caplog.text
 
 
 def test_files_that_were_cut_off_are_all_named_before_the_training_begins(plan: Plan, workspace: Workspace) -> None:

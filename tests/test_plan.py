@@ -51,8 +51,8 @@ def test_forecasts_and_reasons_do_not_change_the_id_but_a_patch_does(content):
 
 
 def test_a_plan_of_another_version_is_refused(content, tmp_path):
-    (tmp_path / "plan.json").write_text(json.dumps({**content, "version": 2}))
-    with pytest.raises(PlanError, match=r"plan\.json: plan version 2 .* version 1; plan again"):
+    (tmp_path / "plan.json").write_text(json.dumps({**content, "version": 1}))
+    with pytest.raises(PlanError, match=r"plan\.json: plan version 1 .* version 2; plan again"):
         Plan.load(tmp_path / "plan.json")
 
 
@@ -60,7 +60,7 @@ def test_a_missing_or_unreadable_plan_is_refused(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(PlanError, match="there is no such plan"):
         Plan.load(path)
-    path.write_text('{"version": 1,')
+    path.write_text('{"version": 2,')
     with pytest.raises(PlanError, match="not valid JSON.*plan again"):
         Plan.load(path)
 

@@ -11,12 +11,15 @@ import pytest
 from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError
 from autoseg.experiment_planning.fingerprint import extract_fingerprint
-from autoseg.experiment_planning.folds import write_folds
+from autoseg.experiment_planning.folds import plan_folds
+from autoseg.training.folds import write_folds
 
 
 def written(root: Path, path: Path, *, group_by: str | None = None) -> list[set[str]] | None:
     """The held-out cases of each fold, or None where nothing was written."""
-    write_folds(root, extract_fingerprint(RawDataset.load(root), workers=1), path, group_by=group_by)
+    folds = plan_folds(root, extract_fingerprint(RawDataset.load(root), workers=1), path, group_by=group_by)
+    if folds:
+        write_folds(path, folds)
     return [set(fold["val"]) for fold in json.loads(path.read_text())] if path.exists() else None
 
 
@@ -49,6 +52,9 @@ def test_a_file_of_groups_is_taken_and_never_over_folds_that_are_there(tiny_data
     groups.write_text(json.dumps({"case_00": 1, "case_01": 1}))
     folds = written(root, tmp_path / "folds.json", group_by=str(groups))
     assert folds is not None and all(("case_00" in fold) == ("case_01" in fold) for fold in folds)
-    with pytest.raises(PlanError, match=r"folds\.json: the folds are made already"):
+    assert written(root, tmp_path / "folds.json", group_by=str(groups)) == folds, "asked again, it is as it was asked"
+    alone = next(case for case in ("case_02", "case_03", "case_04") if not any({case, "case_00"} <= f for f in folds))
+    groups.write_text(json.dumps({"case_00": 1, alone: 1}))
+    with pytest.raises(PlanError, match=r"folds\.json: the folds that are there part 1"):
         written(root, tmp_path / "folds.json", group_by=str(groups))
     assert written(root, tmp_path / "folds.json") == folds

@@ -48,7 +48,8 @@ def make_folds(
     count = len(set(belongs))
     if count < 2:
         what = "groups" if count < len(names) else "cases"
-        raise PlanError(f"Folds need at least two {what}, got {count}; train fold 'all' instead.")
+        instead = "give other groups" if count < len(names) else "train fold 'all' instead"
+        raise PlanError(f"Folds need at least two {what}, got {count}; {instead}.")
     folds = min(FOLDS, count)
     divided = _divide(names, belongs, [""] * len(names), folds)
     if shows:
@@ -156,19 +157,18 @@ def _is_names(entry: object) -> bool:
     return isinstance(entry, list) and all(isinstance(name, str) for name in entry)
 
 
-def load_or_make_folds(
-    path: Path,
-    cases: Sequence[str],
-    *,
-    groups: Mapping[str, str] | None = None,
-    shows: Mapping[str, Collection[str]] | None = None,
-) -> list[Fold]:
+def load_or_make_folds(path: Path, cases: Sequence[str]) -> list[Fold]:
     """The folds in `path`, checked against `cases`; made and written there where the file does not exist."""
     if path.exists():
         return load_folds(path, cases)
-    folds = make_folds(cases, groups=groups, shows=shows)
-    write_json(path, [{"train": list(fold.train), "val": list(fold.validation)} for fold in folds])
+    folds = make_folds(cases)
+    write_folds(path, folds)
     return folds
+
+
+def write_folds(path: Path, folds: Sequence[Fold]) -> None:
+    """Write folds in the form of nnU-Net's splits_final.json, atomically."""
+    write_json(path, [{"train": list(fold.train), "val": list(fold.validation)} for fold in folds])
 
 
 def select_fold(folds: Sequence[Fold], name: str, cases: Sequence[str]) -> Fold:

@@ -33,6 +33,7 @@ from autoseg.training.settings import (
     RECIPES,
     SAVE_SECONDS,
     SAVE_SHARE,
+    SLOW_SHARE,
     VALIDATION_BYTES,
     VALIDATION_PATCHES,
     VALIDATION_SHARE,
@@ -238,6 +239,14 @@ def _optimise(
                 on_step(Progress(state.step, limits.steps, progress, run.elapsed, left, shown, dice))
     run.save()
     run.history.write()
+    planned = run.settings.training
+    if limits.seconds and planned.seconds and planned.steps and progress >= 1.0:
+        expected = planned.steps * limits.seconds / planned.seconds
+        if state.step < SLOW_SHARE * expected:
+            logger.warning(
+                "%s: %d steps were taken where about %d were forecast: the machine is slower than when it was planned, "
+                "or busy; expect a weaker model, or train longer.", run.folder, state.step, expected,
+            )  # fmt: skip
     draw_curve(run.history, run.folder / CURVE, title=f"{run.plan.dataset}: {run.settings.name}, fold {run.fold}")
     return TrainedFold(run.folder / CHECKPOINT, state.step, run.elapsed, finished=progress >= 1.0)
 

@@ -39,6 +39,7 @@ HISTORY_ROWS = 50  # rows of history.csv in a whole training
 VALIDATION_PATCHES = 16  # held-out patches behind the online Dice of one row
 VALIDATION_BYTES = 256 * 2**20  # they are kept in memory; of large patches fewer are taken
 VALIDATION_SHARE = 0.03  # of the training time that the online Dice may take; rows beyond it go without
+SLOW_SHARE = 0.5  # of the steps that were forecast: who gets fewer is told
 SAVE_SECONDS = 60.0  # so far apart in time the saved states lie at least, ...
 SAVE_SHARE = 0.02  # ... and so far in progress, ...
 MOST_UNSAVED_SECONDS = 600.0  # ... but in a long training no further than this in time

@@ -140,8 +140,8 @@ def write_image(image: Image, path: Path) -> None:
         raise DatasetError(f"{path}: not written: the image has NaN or infinite voxels, which no reader would keep.")
     if ending in PICTURE_ENDINGS and image.shape[0] > 1:
         raise DatasetError(
-            f"{path}: a volume of {image.shape[0]} slices is not written to {ending}, which holds a plane and no spacing; "
-            "choose .nii.gz, .mha or .nrrd."
+            f"{path}: a volume of {image.shape[0]} slices is not written to {ending}, which holds a plane and no "
+            "spacing; choose .nii.gz, .mha or .nrrd."
         )
     writer = sitk.ImageFileWriter()
     writer.SetImageIO(FORMATS[ending])

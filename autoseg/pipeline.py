@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODELS = "models"
+PATIENCE_SECONDS = 2.0  # that the last cases may take of fewer workers, before all of them start again
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _plan(
     workers: int,
     drop_cases: Sequence[str],
     group_by: str | None,
-    fill: Callable[..., None],
+    fill: Callable[..., bool],
 ) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
     """The plan, and the stores that were filled while it was made."""
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
@@ -149,39 +150,44 @@ def _plan(
     if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
         log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
         return kept, ()
-    # networks are sized by one thread of this process; the other cores need not wait for it
     ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
     early: tuple[PreprocessingSettings, ...] = ()
     if workers > 1 and not _trained(place):  # what trained models were made from stays until the plan may change
         early = first_stores(fingerprint, configurations, asked, ceiling)
-    with _beside(fill, early):
+    with _beside(fill, early, workers=workers) as filling:
         plan = plan_experiment(fingerprint, budget, configurations=configurations, asked=asked, ceiling=ceiling)
     _put_models_aside(plan, place, replan=replan)
     if folds:
         write_folds(place.folds, folds)
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
-    return plan, early
+    return plan, early if filling is not None and filling.result() else ()
 
 
 @contextlib.contextmanager
-def _beside(fill: Callable[..., None], stores: tuple[PreprocessingSettings, ...]) -> Iterator[None]:
-    """Fill `stores` in a thread beside what the `with` block does; the block's failure ends the filling."""
+def _beside(
+    fill: Callable[..., bool], stores: tuple[PreprocessingSettings, ...], *, workers: int
+) -> Iterator[Future[bool] | None]:
+    """Fill `stores` while the `with` block sizes networks: it takes one core, the workers the others.
+
+    When the block ends, what is not filled within a moment is left to all of them. Gives whether everything is there,
+    in the end.
+    """
+    if not stores:
+        yield None
+        return
     ended = threading.Event()
-
-    def work() -> None:
-        fill(stores, stop=ended.is_set)
-        stop_workers()  # their memory is better used by what the block does
-
+    stop_workers(keep=workers - 1)  # their memory is better used by what the block does
     with ThreadPoolExecutor(1) as thread:
-        filling = thread.submit(work) if stores else None
+        filling = thread.submit(fill, stores, stop=ended.is_set, workers=workers - 1, beside=True)
         try:
-            yield
-        except BaseException:
+            yield filling
+            with contextlib.suppress(TimeoutError):
+                filling.result(timeout=PATIENCE_SECONDS)
+        finally:
             ended.set()
-            raise
-        if filling is not None:
-            filling.result()
+    if not filling.result():
+        start_workers(workers)
 
 
 def _plan_of_models(place: Workspace) -> Plan | None:

@@ -44,12 +44,14 @@ def preprocess(
     drop_cases: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> None:
+    beside: bool = False,
+) -> bool:
     """Preprocess every training case for each of these settings; each names a store of the workspace.
 
     `drop_cases` are left out. `progress(done, total)` is called after each case. `stop` is asked after each case; when
-    it says yes, the rest is left undone. Raises DatasetError naming every broken case at once; the sound ones are
-    finished by then, so that a second run only does what is missing.
+    it says yes, the rest is left undone. `beside`: in worker processes however few, because this one works too. Returns
+    whether everything is there. Raises DatasetError naming every broken case at once; the sound ones are finished by
+    then, so that a second run only does what is missing.
     """
     targets = [Target(workspace.store(settings), settings) for settings in stores]
     cases = [case for case in dataset.cases if case.identifier not in set(drop_cases)]
@@ -64,6 +66,7 @@ def preprocess(
         todo,
         workers=workers,
         names=[case.identifier for case, _ in todo],
+        beside=beside,
     )
     with contextlib.closing(results):
         for index, result in results:
@@ -77,9 +80,10 @@ def preprocess(
             if progress is not None:
                 progress(done, len(cases))
             if stop():
-                return
+                break
     if broken:
         raise DatasetError(_broken_cases(broken))
+    return done == len(cases)
 
 
 def outdated_cases(

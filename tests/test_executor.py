@@ -78,6 +78,18 @@ def test_one_worker_runs_in_this_process(workers):
     assert dict(map_cases(process_id, [0], workers=workers, names=["a"])) == {0: os.getpid()}
 
 
+def test_one_worker_runs_beside_a_process_that_has_other_work():
+    ((_, worker),) = map_cases(process_id, [0], workers=1, names=["a"], beside=True)
+    assert worker != os.getpid()
+
+
+def test_some_workers_may_be_kept_when_the_others_end():
+    first = {worker for _, worker in map_cases(process_id, range(8), workers=2, names=list("abcdefgh"))}
+    stop_workers(keep=1)
+    ((_, kept),) = map_cases(process_id, [0], workers=1, names=["a"], beside=True)
+    assert kept in first
+
+
 def test_workers_are_reused_by_the_next_call():
     stop_workers()
     first = {pid for _, pid in map_cases(process_id, range(6), workers=2, names=list("abcdef"))}

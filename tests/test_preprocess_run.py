@@ -337,3 +337,12 @@ def test_real_cases_come_back_bit_by_bit(shared_data, tmp_path):
         back = restore_label(entry.read("label")[0], entry.geometry)
         assert back.grid == read_image(case.images[0]).grid
         np.testing.assert_array_equal(back.array, label.array)
+
+
+def test_what_was_stopped_says_so_and_is_finished_by_the_next_call(tiny_dataset):
+    dataset, plan, workspace = prepare(tiny_dataset(cases=4), FULL)
+    assert not preprocess(dataset, plan.stores(), workspace, workers=1, beside=True, stop=lambda: True)
+    store = Store(workspace.store(FULL.preprocessing))
+    assert 0 < len(store.cases()) < 4
+    assert preprocess(dataset, plan.stores(), workspace, workers=1)
+    assert len(store.cases()) == 4

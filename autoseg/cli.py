@@ -6,12 +6,14 @@ Only typer is imported up here, so that `--help` answers at once; every command 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -87,9 +89,12 @@ def _status(run: Callable[[], int], screen: Screen) -> int:
     from autoseg.files import storage_error
 
     try:
-        return run()
+        with _terminated_by_signal():
+            return run()
     except typer.Exit:
         raise
+    except _Terminated:
+        return screen.refuse("Terminated; what was finished is kept.", 128 + signal.SIGTERM)
     except AutosegError as error:
         return screen.refuse(str(error), REFUSED)
     except KeyboardInterrupt:
@@ -109,6 +114,27 @@ def _status(run: Callable[[], int], screen: Screen) -> int:
         return screen.refuse(
             f"This should not happen, please report it: {type(error).__name__}: {error} (-vv shows where).", BUG
         )
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminated_by_signal() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that what is half-written is removed and the user is told."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread may set handlers
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _cores(workers: int | None) -> int:

@@ -321,14 +321,19 @@ def _whole_dataset(root: Path, *, workers: int) -> RawDataset:
     if listing.problems:
         from autoseg.experiment_planning.verify import verify_dataset
 
-        errors = verify_dataset(root, workers=workers).errors
+        training = {case.identifier for case in listing.dataset.cases} | set(listing.problems)
+        errors = [p for p in verify_dataset(root, workers=workers).errors if not p.case or p.case in training]
         broken = {problem.case for problem in errors if problem.case}
-        sentences = "\n".join(f"  {problem.sentence}" for problem in errors)
+        sentences = "\n".join(f"  {_naming(problem.case, problem.sentence)}" for problem in errors)
         raise DatasetError(
-            f"{root}: {len(broken)} of {len(listing.dataset.cases) + len(listing.problems)} training cases cannot be "
-            f"used; add or repair their files, or leave them out with --drop-cases:\n{sentences}"
+            f"{root}: {len(broken)} of {len(training)} training cases cannot be used; add or repair their files, or "
+            f"leave them out with --drop-cases:\n{sentences}"
         )
     return RawDataset.load(root)
+
+
+def _naming(case: str, sentence: str) -> str:
+    return sentence if not case or case in sentence else f"Case {case}: {sentence}"
 
 
 def _without_broken_cases(root: Path, *, workers: int) -> tuple[RawDataset, dict[str, str]]:
@@ -350,7 +355,10 @@ def _check_writable(place: Workspace) -> None:
     from autoseg.files import write_text
 
     probe = place.root / ".writable"
-    write_text(probe, "")
+    try:
+        write_text(probe, "")
+    except StorageError as error:
+        raise StorageError(str(error).replace(str(probe), str(place.root))) from error
     probe.unlink(missing_ok=True)
 
 

@@ -283,8 +283,8 @@ def _all_or_refuse(
             found[index] = result
     if broken:
         raise DatasetError(
-            f"{dataset.root}: {len(broken)} of {len(cases)} training cases cannot be used; repair them "
-            "(`autoseg verify --fix` can do some of it) or leave them out with --drop-cases:\n"
+            f"{dataset.root}: {len(broken)} of {len(cases)} training cases cannot be used; repair their "
+            "files, or leave them out with --drop-cases:\n"
             + "\n".join(f"  {broken[index]}" for index in sorted(broken))
         )
     return [found[index] for index in range(len(cases))]

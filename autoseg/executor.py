@@ -4,6 +4,9 @@ Workers are fresh interpreters (never forks): they import only what the function
 started, so an unguarded script and an interactive session work too. They stay alive between two calls, so that one
 command starts them once. A worker that dies is named at once with its case, its cause and its memory; the other
 cases go on. Workers end as soon as this process does, however it ends.
+
+What travels on the pipes is pickled, as in `multiprocessing`: both ends are processes of this command. No file is ever
+read that way.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ Scores = dict[str, dict[str, float]]  # class -> metric -> score
 ImageScores = dict[str, float]  # metric -> score
 Box = tuple[slice, slice, slice]
 Integers = NDArray[np.integer[Any]]
+Scored = TypeVar("Scored")
 
 
 @dataclass(frozen=True)
@@ -219,19 +220,7 @@ def evaluate_image_folders(
             f"None of the {len(given)} images in {predictions} has a reference of the same name in {references} "
             f"({len(expected)} files, such as {next(iter(expected.values())).name}); check the two folders."
         )
-    images: dict[str, ImageScores] = {}
-    failed: dict[str, str] = {}
-    for index, result in map_cases(score_image_pair, pairs, workers=workers, names=[pair.case for pair in pairs]):
-        case = pairs[index].case
-        if isinstance(result, AutosegError):
-            failed[case] = _named(case, str(result))
-            log.warning("%s", failed[case])
-        elif isinstance(result, Exception):
-            raise result
-        else:
-            images[case] = result
-        if progress:
-            progress(case)
+    images, failed = _score_all(score_image_pair, pairs, workers=workers, progress=progress)
     return Evaluation(
         classes=(),
         cases={},
@@ -278,20 +267,8 @@ def evaluate_pairs(
     note: str = "",
 ) -> Evaluation:
     """Score the pairs, in parallel; a case that cannot be scored is named, the others are finished."""
-    cases: dict[str, Scores] = {}
-    failed: dict[str, str] = {}
     score = partial(score_pair, labels=labels, tolerance_mm=tolerance_mm)
-    for index, result in map_cases(score, pairs, workers=workers, names=[pair.case for pair in pairs]):
-        case = pairs[index].case
-        if isinstance(result, AutosegError):
-            failed[case] = _named(case, str(result))
-            log.warning("%s", failed[case])
-        elif isinstance(result, Exception):
-            raise result
-        else:
-            cases[case] = result
-        if progress:
-            progress(case)
+    cases, failed = _score_all(score, pairs, workers=workers, progress=progress)
     classes = labels.names if labels else _occurring_classes(cases.values())
     cases = {case: _with_absent_classes(cases[case], classes) for case in sorted(cases)}
     by_class, mean = _statistics(cases, classes)
@@ -306,6 +283,26 @@ def evaluate_pairs(
         tolerance_mm=tolerance_mm,
         note=note,
     )
+
+
+def _score_all(
+    score: Callable[[Pair], Scored], pairs: Sequence[Pair], *, workers: int, progress: Callable[[str], None] | None
+) -> tuple[dict[str, Scored], dict[str, str]]:
+    """What `score` gives for each case, in parallel; and the sentence of each case that cannot be scored."""
+    scored: dict[str, Scored] = {}
+    failed: dict[str, str] = {}
+    for index, result in map_cases(score, pairs, workers=workers, names=[pair.case for pair in pairs]):
+        case = pairs[index].case
+        if isinstance(result, AutosegError):
+            failed[case] = _named(case, str(result))
+            log.warning("%s", failed[case])
+        elif isinstance(result, Exception):
+            raise result
+        else:
+            scored[case] = result
+        if progress:
+            progress(case)
+    return scored, failed
 
 
 def score_pair(pair: Pair, *, labels: Labels | None, tolerance_mm: float) -> Scores:

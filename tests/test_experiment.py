@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -217,5 +216,4 @@ def test_the_time_is_divided_over_the_folds_that_are_left(dataset, tmp_path):
         run(dataset, workspace=tmp_path / "ws", device="cpu", seconds=400.0, clock=clock)
     finally:
         experiment.train = original
-    assert len(seconds) == 4 and 80 < seconds[0] < 100 and sum(seconds[:1]) <= 400
-    assert time.monotonic() > 0
+    assert len(seconds) == 4 and 80 < seconds[0] < 100

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import REGIONS, TWO_CLASSES, small_plan
+from small_models import REGIONS, small_plan
 
 from autoseg.dataset import Case, RawDataset
 from autoseg.errors import PlanError
 from autoseg.files import write_json
 from autoseg.image import Grid, Image, write_image
 from autoseg.inference.chosen import Member
-from autoseg.inference.postprocess import Cleaning
 from autoseg.inference.selection import Candidate, Selection, calibration_error, select
 from autoseg.plan import Plan
 from autoseg.preprocessing.case import CaseGeometry
@@ -168,4 +167,3 @@ def test_the_calibration_error_of_a_known_table():
 def test_an_ensemble_is_named_by_its_members_and_weights():
     members = (Member("3d_fullres", True), Member("2d", False))
     assert Candidate(members, (2 / 3, 1 / 3)).name == "2 x 3d_fullres (mirrored) + 2d"
-    assert Cleaning() == Cleaning(False, 0.0) and TWO_CLASSES.names == ("a", "b")

@@ -19,8 +19,12 @@ part of each case that the thick slices cover. Arms:
     self   only thick slices and their labels are there: learned in the plane (2d_sr)
 
 A2 (soft labels on the thick grid) has no arm: the loss takes whole labels; its cap without a network is in --floors.
-Rows are added to --json, so that arms may be run on different days. Run it with nothing else on the machine: the
-budget is wall-clock time.
+
+The budget is time on a quiet machine, and every arm gets the steps that it takes in it: `--pace` plans each arm and
+times its steps (several calls: the median), with nothing else on the machine; the trainings that follow with the same
+--folder take so many steps, so that what else runs beside them changes how long they take and nothing else. Without
+--pace before it, an arm is timed just before it is trained. Rows are added to --json, so that arms may be run on
+different days.
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -50,6 +55,8 @@ from autoseg.plan import Plan
 AUTOSEG = [sys.executable, "-m", "autoseg"]
 FOLD = "0"
 TOLERANCE_MM = 0.5  # of NSD: at 1 mm data of 1 mm cannot rank methods
+PACE = "seconds_per_step.json"
+PACE_SECONDS = 40  # of training that time a step; the first half is thrown away
 METRICS = ("dice", "assd", "hd95", "nsd", "volume_error_ratio")
 IMAGE_METRICS = ("psnr", "ssim")
 SAME_PLACE = 0.01  # voxels by which a prediction's corners may miss the truth's
@@ -68,15 +75,25 @@ class Run:
     minutes: float
     seed: int
     folder: Path
+    steps: int | None = None
+    """Of every training, instead of what the time allows."""
+    only_pace: bool = False
 
     def high(self) -> list[HighCase]:
         """The cases, cropped to what thick slices cover."""
         return [self.degradation.crop(case) for case in self.cases]
 
     def write(self, kind: str) -> Path:
-        """The dataset of that kind (a key of DATASETS)."""
+        """The dataset of that kind (a key of DATASETS), unless it is there."""
+        root = self.folder / kind / self.source.name
+        if (root / "dataset.json").exists():
+            return root
         made = [DATASETS[kind](case, self.degradation) for case in self.high()]
-        return write_dataset(self.folder / kind / self.source.name, self.source, made)
+        return write_dataset(root, self.source, made)
+
+
+class OnlyPaced(Exception):
+    """The arm is planned and its steps are timed; no more was asked for."""
 
 
 @dataclass(frozen=True)
@@ -95,25 +112,31 @@ class Trained:
 
 
 def train(run: Run, dataset: Path, configuration: str, *options: str, minutes: float | None = None) -> Trained:
-    """plan-and-preprocess and train-fold, for a share of the budget."""
-    seconds = f"{round((minutes or run.minutes) * 60)}s"
+    """plan-and-preprocess and train-fold, for a share of the budget. Raises OnlyPaced."""
+    seconds = 60 * (minutes or run.minutes)
     common = ["--workspace", str(dataset.parent / f"workspace_{configuration}"), "--quiet"]
-    chosen = ["--configurations", configuration, "--fold-time", seconds]
-    measure([*AUTOSEG, "plan-and-preprocess", dataset, *chosen, *options, *common])
-    command = [*AUTOSEG, "train-fold", dataset, configuration, FOLD, "--time", seconds, "--seed", str(run.seed)]
-    used = measure([*command, *common])
     workspace = dataset.parent / f"workspace_{configuration}" / dataset.name
+    command = [*AUTOSEG, "train-fold", dataset, configuration, FOLD, *common]
+    if not (workspace / "plan.json").exists():
+        chosen = ["--configurations", configuration, "--fold-time", f"{seconds:.0f}s"]
+        measure([*AUTOSEG, "plan-and-preprocess", dataset, *chosen, *options, *common])
+    if run.only_pace or not (workspace / PACE).exists():
+        _time_steps(workspace, configuration, command)
+    if run.only_pace:
+        raise OnlyPaced
+    pace = median(json.loads((workspace / PACE).read_text()))
+    fold = workspace / "models" / configuration / f"fold_{FOLD}"
+    shutil.rmtree(fold, ignore_errors=True)  # of another seed
+    steps = run.steps or round(seconds / pace)
+    used = measure([*command, "--steps", str(steps), "--seed", str(run.seed)])
     plan = Plan.load(workspace / "plan.json")
     folds = json.loads((workspace / "folds.json").read_text())
-    fold = workspace / "models" / configuration / f"fold_{FOLD}"
-    last = (fold / "history.csv").read_text().splitlines()[-1].split(",")
-    steps, spent = int(last[0]), float(last[1])
     c = plan.configuration(configuration)
     memory = training_memory(c, plan.labels)
     facts = {
         "configuration": configuration,
         "steps": steps,
-        "s/step": spent / steps,
+        "s/step": pace,
         "patch": list(c.patch_size),
         "batch": c.batch_size,
         "width": c.architecture.features[0],
@@ -125,6 +148,18 @@ def train(run: Run, dataset: Path, configuration: str, *options: str, minutes: f
     return Trained(plan, configuration, fold, tuple(folds[int(FOLD)]["val"]), facts)
 
 
+def _time_steps(workspace: Path, configuration: str, command: Sequence[str | Path]) -> None:
+    """Add the seconds of a step, of the later half of a short training, to the workspace's list."""
+    fold = workspace / "models" / configuration / f"fold_{FOLD}"
+    shutil.rmtree(fold, ignore_errors=True)
+    measure([*command, "--time", f"{PACE_SECONDS}s"])
+    rows = [line.split(",")[:2] for line in (fold / "history.csv").read_text().splitlines()[1:]]
+    (steps, began), (last, ended) = ((int(step), float(second)) for step, second in (rows[len(rows) // 2], rows[-1]))
+    shutil.rmtree(fold)
+    known = json.loads((workspace / PACE).read_text()) if (workspace / PACE).exists() else []
+    (workspace / PACE).write_text(json.dumps([*known, (ended - began) / (last - steps)]))
+
+
 def predict(run: Run, trained: Trained, names: Sequence[str], degradation: Degradation, *options: str) -> Path:
     """Predict the thick slices of some cases, written as files; the folder with labels and images."""
     source = run.folder / f"thick_{degradation.scale:g}"
@@ -132,6 +167,7 @@ def predict(run: Run, trained: Trained, names: Sequence[str], degradation: Degra
     made = [DATASETS["low"](degradation.crop(by_name[name]), degradation) for name in names]
     write_dataset(source, run.source, made)
     output = run.folder / f"predicted_{trained.configuration}_{degradation.scale:g}"
+    shutil.rmtree(output, ignore_errors=True)
     measure([*AUTOSEG, "predict", source / "imagesTr", output, "--model", trained.fold, *options, "--quiet"])
     return output
 
@@ -295,14 +331,17 @@ def _image(folder: Path, case: HighCase) -> Array:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Scores and costs of every arm, axis and scale: means over seeds and cases."""
-    keys = sorted({(row["axis"], row["scale"], row["minutes"]) for row in rows})
+
+    def key(row: dict[str, Any]) -> tuple[int, float, float, int]:
+        return row["axis"], row["scale"], row["minutes"], row.get("steps") or 0
+
     parts = []
-    for axis, scale, minutes in keys:
-        chosen = [row for row in rows if (row["axis"], row["scale"], row["minutes"]) == (axis, scale, minutes)]
+    for axis, scale, minutes, steps in sorted({key(row) for row in rows}):
+        chosen = [row for row in rows if key(row) == (axis, scale, minutes, steps)]
         arms = [arm for arm in ARMS if any(row["arm"] == arm for row in chosen)]
         by_arm = {arm: [row for row in chosen if row["arm"] == arm] for arm in arms}
         parts += [
-            f"### axis {axis}, x{scale:g}, {minutes:g} minutes",
+            f"### axis {axis}, x{scale:g}, " + (f"{steps} steps" if steps else f"{minutes:g} minutes"),
             "",
             scores_table(by_arm),
             "",
@@ -417,15 +456,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, help="file that collects the rows of several runs")
     parser.add_argument("--floors", action="store_true", help="only what is had without a network")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of this JSON file and end")
+    parser.add_argument("--pace", action="store_true", help="plan the arms in --folder and time their steps, no more")
+    parser.add_argument("--steps", type=int, help="of every arm, instead of what it takes in --minutes")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the tables of JSON files and end")
     parser.add_argument("--folder", type=Path, help="keep datasets and models here [default: a temporary folder]")
     options = parser.parse_args()
 
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        print(table([row for path in options.table for row in json.loads(path.read_text())]))
         return
     if options.dataset is None:
         parser.error("a dataset is needed")
+    if options.pace and options.folder is None:
+        parser.error("--pace needs --folder")
     source, cases = read_cases(options.dataset)
     if options.floors:
         print(floors_table(source, cases, options.axis, options.scales))
@@ -446,12 +489,19 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Train and score one arm; a row for each scale that it was scored at."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.folder or Path(temporary)) / f"{arm}_axis{options.axis}_x{scale:g}_seed{seed}"
+        folder = (options.folder or Path(temporary)) / f"{arm}_axis{options.axis}_x{scale:g}"
         degradation = Degradation(options.axis, scale)
-        run = Run(source, cases, degradation, options.scales, options.minutes, seed, folder)
-        rows = []
-        for facts, scores, at in ARMS[arm](run):
-            shown = {"arm": arm, "axis": options.axis, "scale": at, "minutes": options.minutes, "seed": seed}
+        budget = {"minutes": options.minutes, "steps": options.steps}
+        run = Run(
+            source, cases, degradation, options.scales, seed=seed, folder=folder, only_pace=options.pace, **budget
+        )
+        rows: list[dict[str, Any]] = []
+        try:
+            answers = ARMS[arm](run)
+        except OnlyPaced:
+            return rows
+        for facts, scores, at in answers:
+            shown = {"arm": arm, "axis": options.axis, "scale": at, "seed": seed, **budget}
             rows.append({"dataset": source.name, **shown, "facts": facts, "cases": _finite(scores)})
             dice, psnr = _mean(by_case(rows[-1:], "dice")), _mean(by_case(rows[-1:], "psnr", image=True))
             line = f"Dice {dice:.4f}, PSNR {psnr:.2f} dB, {facts['steps']} steps"

@@ -38,11 +38,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import numpy as np
 from measure import machine, markdown_table, measure
+from paced import AUTOSEG, Training
 from sr_data import DATASETS, Array, Degradation, HighCase, floors, read_cases, write_dataset
 
 from autoseg.dataset import RawDataset
@@ -52,11 +53,9 @@ from autoseg.image import Image, read_image
 from autoseg.metrics import score_images, score_masks
 from autoseg.plan import Plan
 
-AUTOSEG = [sys.executable, "-m", "autoseg"]
 FOLD = "0"
+PACE_ROUNDS = 3
 TOLERANCE_MM = 0.5  # of NSD: at 1 mm data of 1 mm cannot rank methods
-PACE = "seconds_per_step.json"
-PACE_SECONDS = 40  # of training that time a step; the first half is thrown away
 METRICS = ("dice", "assd", "hd95", "nsd", "volume_error_ratio")
 IMAGE_METRICS = ("psnr", "ssim")
 SAME_PLACE = 0.01  # voxels by which a prediction's corners may miss the truth's
@@ -114,29 +113,20 @@ class Trained:
 def train(run: Run, dataset: Path, configuration: str, *options: str, minutes: float | None = None) -> Trained:
     """plan-and-preprocess and train-fold, for a share of the budget. Raises OnlyPaced."""
     seconds = 60 * (minutes or run.minutes)
-    common = ["--workspace", str(dataset.parent / f"workspace_{configuration}"), "--quiet"]
-    workspace = dataset.parent / f"workspace_{configuration}" / dataset.name
-    command = [*AUTOSEG, "train-fold", dataset, configuration, FOLD, *common]
-    if not (workspace / "plan.json").exists():
-        chosen = ["--configurations", configuration, "--fold-time", f"{seconds:.0f}s"]
-        measure([*AUTOSEG, "plan-and-preprocess", dataset, *chosen, *options, *common])
-    if run.only_pace or not (workspace / PACE).exists():
-        _time_steps(workspace, configuration, command)
+    training = Training(dataset, configuration, FOLD, dataset.parent / f"workspace_{configuration}")
+    training.plan([configuration], seconds, *options)
     if run.only_pace:
+        training.time_steps()
         raise OnlyPaced
-    pace = median(json.loads((workspace / PACE).read_text()))
-    fold = workspace / "models" / configuration / f"fold_{FOLD}"
-    shutil.rmtree(fold, ignore_errors=True)  # of another seed
-    steps = run.steps or round(seconds / pace)
-    used = measure([*command, "--steps", str(steps), "--seed", str(run.seed)])
-    plan = Plan.load(workspace / "plan.json")
-    folds = json.loads((workspace / "folds.json").read_text())
+    steps, used = training.train(seconds, run.seed, steps=run.steps)
+    plan = Plan.load(training.root / "plan.json")
+    folds = json.loads((training.root / "folds.json").read_text())
     c = plan.configuration(configuration)
     memory = training_memory(c, plan.labels)
     facts = {
         "configuration": configuration,
         "steps": steps,
-        "s/step": pace,
+        "s/step": training.pace,
         "patch": list(c.patch_size),
         "batch": c.batch_size,
         "width": c.architecture.features[0],
@@ -145,19 +135,7 @@ def train(run: Run, dataset: Path, configuration: str, *options: str, minutes: f
         "GFLOP": memory.step_flops / 1e9,
         "memory": used.peak_bytes,
     }
-    return Trained(plan, configuration, fold, tuple(folds[int(FOLD)]["val"]), facts)
-
-
-def _time_steps(workspace: Path, configuration: str, command: Sequence[str | Path]) -> None:
-    """Add the seconds of a step, of the later half of a short training, to the workspace's list."""
-    fold = workspace / "models" / configuration / f"fold_{FOLD}"
-    shutil.rmtree(fold, ignore_errors=True)
-    measure([*command, "--time", f"{PACE_SECONDS}s"])
-    rows = [line.split(",")[:2] for line in (fold / "history.csv").read_text().splitlines()[1:]]
-    (steps, began), (last, ended) = ((int(step), float(second)) for step, second in (rows[len(rows) // 2], rows[-1]))
-    shutil.rmtree(fold)
-    known = json.loads((workspace / PACE).read_text()) if (workspace / PACE).exists() else []
-    (workspace / PACE).write_text(json.dumps([*known, (ended - began) / (last - steps)]))
+    return Trained(plan, configuration, training.folder, tuple(folds[int(FOLD)]["val"]), facts)
 
 
 def predict(run: Run, trained: Trained, names: Sequence[str], degradation: Degradation, *options: str) -> Path:
@@ -474,12 +452,16 @@ def main() -> None:
         print(floors_table(source, cases, options.axis, options.scales))
         return
     rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    for arm in options.arms:
-        for seed in options.seeds:
-            for scale in options.scales[:1] if arm == "D-any" else options.scales:
+    for seed in range(PACE_ROUNDS) if options.pace else options.seeds:  # in turns: the machine is never the same
+        for scale in options.scales:
+            for arm in options.arms:
+                if arm == "D-any" and scale != options.scales[0]:
+                    continue  # one model, scored at all scales
                 rows += _rows(arm, options, source, cases, scale=scale, seed=seed)
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.pace:
+        return
     print(machine(), "\n")
     print(table(rows))
 

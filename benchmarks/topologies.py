@@ -4,8 +4,9 @@ python benchmarks/topologies.py ../shared/data/Dataset010_SunnybrookLV --minutes
 python benchmarks/topologies.py --table rows.json
 
 Each topology is planned for the budget, trained on one fold and scored on its held-out cases, with the commands that
-users type. The planner's first choice is marked. Run it with nothing else on the machine: the budget is wall-clock
-time. Rows are added to --json, so that long runs may be spread over days.
+users type. The planner's first choice is marked. The budget is time on a quiet machine: each configuration trains for
+the steps that it takes in it (`--pace` times them in --folder, with nothing else on the machine; else it is done just
+before the training). Rows are added to --json, so that long runs may be spread over days.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import bytes_text, machine, markdown_table, measure
+from measure import bytes_text, machine, markdown_table
+from paced import Training
 
 from autoseg.plan import Plan
 
-AUTOSEG = [sys.executable, "-m", "autoseg"]
 TOPOLOGIES = ("2d", "2.5d_stack", "2.5d_reduce", "3d_fullres")
+PACE_ROUNDS = 3
 HEADER = ("configuration", "minutes", "seed", "patch", "batch", "width", "parameters", "steps", "s/step")
 SCORES = {"dice": "Dice", "assd": "ASSD mm", "hd95": "HD95 mm", "nsd": "NSD"}
 
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path, help="file that collects the rows of several runs")
+    parser.add_argument("--folder", type=Path, help="keep plan, store and models here [default: a temporary folder]")
+    parser.add_argument("--pace", action="store_true", help="plan in --folder and time the steps, no more")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of this JSON file and end")
     options = parser.parse_args()
 
@@ -45,6 +49,12 @@ def main() -> None:
         return
     if options.dataset is None:
         parser.error("a dataset is needed")
+    if options.pace:
+        if options.folder is None:
+            parser.error("--pace needs --folder")
+        for configuration in options.configurations * PACE_ROUNDS:  # in turns: the machine is never the same
+            _planned(options, configuration, options.folder).time_steps()
+        return
     rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     for configuration in options.configurations:
         for seed in options.seeds:
@@ -70,22 +80,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table((*HEADER, *SCORES.values(), "memory"), lines) + f"\n\n{note}"
 
 
+def _planned(options: argparse.Namespace, configuration: str, folder: Path) -> Training:
+    """A fold of the configuration, planned with the others, so that the plan says which it would train first."""
+    training = Training(options.dataset.resolve(), configuration, options.fold, folder)
+    training.plan(TOPOLOGIES, 60 * options.minutes)
+    return training
+
+
 def _train(options: argparse.Namespace, configuration: str, seed: int) -> dict[str, Any]:
     """Plan, train, score: one row."""
-    seconds = f"{round(options.minutes * 60)}s"
-    with tempfile.TemporaryDirectory() as folder:
-        common = ["--workspace", folder, "--quiet"]
-        # planned with the others, so that the plan says which of them it would train first
-        chosen = ["--configurations", ",".join(TOPOLOGIES), "--fold-time", seconds]
-        measure([*AUTOSEG, "plan-and-preprocess", options.dataset, *chosen, *common])
-        command = [*AUTOSEG, "train-fold", options.dataset, configuration, options.fold, "--seed", str(seed)]
-        run = measure([*command, "--time", seconds, *common])
-        workspace = Path(folder) / options.dataset.name
-        plan = Plan.load(workspace / "plan.json")
-        trained = workspace / "models" / configuration / f"fold_{options.fold}"
-        last = (trained / "history.csv").read_text().splitlines()[-1].split(",")
-        summary = json.loads((trained / "validation" / "summary.json").read_text())
-    steps, spent = int(last[0]), float(last[1])
+    with tempfile.TemporaryDirectory() as temporary:
+        training = _planned(options, configuration, options.folder or Path(temporary))
+        steps, run = training.train(60 * options.minutes, seed)
+        plan = Plan.load(training.root / "plan.json")
+        summary = json.loads((training.folder / "validation" / "summary.json").read_text())
+        pace = training.pace
     c = plan.configuration(configuration)
     return {
         "configuration": configuration,
@@ -97,7 +106,7 @@ def _train(options: argparse.Namespace, configuration: str, seed: int) -> dict[s
         "width": c.architecture.features[0],
         "parameters": f"{plan.forecasts[configuration].parameters / 1e6:.2f} M",
         "steps": steps,
-        "s/step": f"{spent / steps:.3f}",
+        "s/step": f"{pace:.3f}",
         **{metric: summary["mean"][metric]["mean"] for metric in SCORES},
         "memory": bytes_text(run.peak_bytes),
     }

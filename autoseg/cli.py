@@ -289,7 +289,8 @@ def plan_and_preprocess(
       autoseg plan-and-preprocess data/Dataset004_Hippocampus --gpu-memory 8GB --fold-time 30m
       autoseg plan-and-preprocess data/Dataset004_Hippocampus --input-spacing 4,1,1
     """
-    from autoseg.pipeline import asked_super_resolution
+    from autoseg.locks import alone
+    from autoseg.pipeline import asked_super_resolution, workspace_of
     from autoseg.pipeline import plan_and_preprocess as run
     from autoseg.units import parse_bytes, parse_numbers, parse_seconds
 
@@ -301,7 +302,9 @@ def plan_and_preprocess(
         scale=parse_numbers(sr_scale, option="--sr-scale", counts=(1, 3)) if sr_scale else None,
         task=task,
     )
-    with screen.cases("preprocessing") as progress:
+    place = workspace_of(dataset, workspace)
+    working_alone = alone(place.lock, what=f"{place.root}: another run works here")
+    with working_alone, screen.cases("preprocessing") as progress:
         planned = run(
             dataset,
             workspace=workspace,
@@ -655,7 +658,7 @@ def run(
         return screen.refuse("Stopped before the end; the same command goes on from there.", stop.status)
     best = outcome.selection.score
     screen.say(f"{outcome.model}")
-    screen.say(f"{outcome.workspace.root / 'report.html'}")
+    screen.say(f"{outcome.workspace.report}")
     screen.say(f"mean Dice {best.dice:.4f} ({best.low:.4f} to {best.high:.4f}): {best.candidate.name}")
     return DONE
 

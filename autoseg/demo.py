@@ -23,6 +23,7 @@ from autoseg.errors import StorageError
 from autoseg.files import write_json
 from autoseg.geometry import Flips, Permutation, turn_array, turn_grid
 from autoseg.image import Grid, Image, write_image
+from autoseg.workspace import SUMMARY
 
 if TYPE_CHECKING:
     from autoseg.inference.evaluation import Evaluation
@@ -104,7 +105,7 @@ def run_demo(
     StorageError where `folder` is in use, because nothing that is there shall be lost.
     """
     from autoseg.inference.crossval import draw_predictions
-    from autoseg.inference.evaluation import SUMMARY, evaluate_folders
+    from autoseg.inference.evaluation import evaluate_folders
     from autoseg.inference.predictor import load_model
     from autoseg.inference.run import predict_files
     from autoseg.pipeline import plan_and_preprocess, train, validate

@@ -7,21 +7,20 @@ killed is simply started again. Two runs never work in one workspace.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoseg.dataset import RawDataset
-from autoseg.errors import PlanError, StorageError
+from autoseg.errors import PlanError
 from autoseg.files import remove_leftovers
-from autoseg.pipeline import plan_and_preprocess, train, validate
+from autoseg.locks import alone
+from autoseg.pipeline import plan_and_preprocess, train, validate, workspace_of
 from autoseg.plan import Plan
-from autoseg.workspace import CHECKPOINT, HISTORY, RESUME, VALIDATION, Workspace
+from autoseg.workspace import CHECKPOINT, HISTORY, RESUME, SUMMARY, VALIDATION, Workspace
 
 if TYPE_CHECKING:
     from autoseg.inference.selection import Selection
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOCK = "run.lock"
-SELECTION, MODEL = "selection.json", "model"
 TRAINING_SHARE = 0.85  # of a run's time that trains; the rest plans, preprocesses, predicts held-out cases and reports
 LEAST_FOLD_SECONDS = 10.0  # what a fold gets even where the time is spent
 
@@ -59,7 +56,7 @@ class Outcome:
     @property
     def model(self) -> Path:
         """The exported model."""
-        return self.workspace.root / f"{MODEL}.zip"
+        return self.workspace.model.with_suffix(".zip")
 
 
 def run(
@@ -89,8 +86,8 @@ def run(
     another run works in the workspace.
     """
     began = clock()
-    place = Workspace.of(Path(dataset_root).resolve(), workspace)
-    with _alone(place):
+    place = workspace_of(dataset_root, workspace)
+    with alone(place.lock, what=f"{place.root}: another run works here"):
         remove_leftovers(place.root)
         on_part("planning and preprocessing")
         planned = plan_and_preprocess(
@@ -145,7 +142,7 @@ def is_done(task: Task, plan: Plan, place: Workspace) -> bool:
     from autoseg.checkpoint import Checkpoint
 
     folder = place.fold(task.configuration, task.fold)
-    summary = folder / VALIDATION / "summary.json"
+    summary = folder / VALIDATION / SUMMARY
     if not summary.is_file() or not (folder / CHECKPOINT).is_file():
         return False
     if summary.stat().st_mtime_ns < (folder / CHECKPOINT).stat().st_mtime_ns:
@@ -204,7 +201,7 @@ def _select(root: Path, plan: Plan, place: Workspace, *, workers: int) -> Select
     if not labelled:
         raise PlanError(f"{place.plan}: no configuration predicts labels, so there is nothing to choose by Dice.")
     selection = select(RawDataset.load(root), plan, labelled, workspace=place, workers=workers)
-    selection.save(place.root / SELECTION)
+    selection.save(place.selection)
     return selection
 
 
@@ -213,8 +210,8 @@ def _deliver(place: Workspace, selection: Selection, *, licence: str) -> None:
     from autoseg.report import write_report
 
     names = [member.configuration for member in selection.chosen.members]
-    for output in (place.root / MODEL, place.root / f"{MODEL}.zip"):
-        export_model(place, names, output, licence=licence, selection=place.root / SELECTION, replace=True)
+    for output in (place.model, place.model.with_suffix(".zip")):
+        export_model(place, names, output, licence=licence, selection=place.selection, replace=True)
     write_report(place)
 
 
@@ -227,32 +224,6 @@ def _fold_seconds(place: Workspace, seconds: float | None, configurations: Seque
     if place.plan.exists():
         with contextlib.suppress(PlanError):
             plan = Plan.load(place.plan)
-            if any((place.root / "models").glob(f"*/fold_*/{CHECKPOINT}")):
+            if any(place.models.glob(f"*/fold_*/{CHECKPOINT}")):
                 return plan.budget.fold_seconds or None
     return seconds * TRAINING_SHARE / (FOLDS * len(configurations or ("one",)))
-
-
-@contextlib.contextmanager
-def _alone(place: Workspace) -> Iterator[None]:
-    """Hold the workspace's lock; it is free again when this process ends, however it ends. Raises StorageError."""
-    path = place.root / LOCK
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise StorageError(
-                f"{place.root}: another run works here (process {owner}); wait for its end, or choose another "
-                "--workspace."
-            ) from error
-        file.truncate(0)
-        file.write(json.dumps(os.getpid()))
-        file.flush()
-        yield

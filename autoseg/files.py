@@ -64,7 +64,7 @@ def _is_alive(process: int) -> bool:
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The sentence for an operating-system error met while writing `path`."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{path}: the disk is full; free some space or choose another --workspace.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError(f"{path}: no permission to write here; choose another --workspace or output folder.")

@@ -20,7 +20,7 @@ from autoseg.executor import start_workers, stop_workers
 from autoseg.labels import Labels
 from autoseg.plan import Budget, Plan, PreprocessingSettings, Vector, to_json
 from autoseg.units import format_bytes, format_seconds
-from autoseg.workspace import CHECKPOINT, Workspace
+from autoseg.workspace import CHECKPOINT, MODELS, Workspace
 
 if TYPE_CHECKING:
     from autoseg.experiment_planning.superresolution import Asked
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MODELS = "models"
 PATIENCE_SECONDS = 2.0  # that the last cases may take of fewer workers, before all of them start again
 
 
@@ -224,7 +223,7 @@ def _vector(values: Sequence[float] | None) -> Vector | None:
 
 def _trained(place: Workspace) -> list[Path]:
     """The checkpoints that are there."""
-    return sorted((place.root / MODELS).glob(f"*/fold_*/{CHECKPOINT}"))
+    return sorted(place.models.glob(f"*/fold_*/{CHECKPOINT}"))
 
 
 def _answers(plan: Plan, budget: Budget, configurations: Sequence[str] | None, asked: Asked | None) -> bool:
@@ -236,6 +235,11 @@ def _answers(plan: Plan, budget: Budget, configurations: Sequence[str] | None, a
         and budget.fold_seconds in (0.0, plan.budget.fold_seconds)
         and {configuration.name for configuration in plan.configurations} >= set(configurations or ())
     )
+
+
+def workspace_of(dataset_root: Path, workspace: Path | None = None) -> Workspace:
+    """The place of a dataset's artefacts; nothing is made. Raises DatasetError where `dataset_root` is no dataset."""
+    return Workspace.of(list_cases(Path(dataset_root)).dataset.root, workspace)
 
 
 def load_plan(dataset_root: Path, workspace: Path | None = None) -> tuple[Plan, Workspace]:
@@ -288,7 +292,7 @@ def _shown(value: object) -> str:
 
 def _put_models_aside(plan: Plan, place: Workspace, *, replan: bool) -> None:
     """Refuse to change the plan under trained models, or move them to a folder that is named after their plan."""
-    models = place.root / MODELS
+    models = place.models
     trained = _trained(place)
     if not trained or not place.plan.exists():
         return

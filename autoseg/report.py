@@ -21,15 +21,13 @@ from autoseg.errors import PlanError
 from autoseg.files import read_json, write_text
 from autoseg.plan import Configuration, Decision, Plan
 from autoseg.units import format_bytes, format_seconds
-from autoseg.workspace import HISTORY, VALIDATION, Workspace
+from autoseg.workspace import HISTORY, PICTURES, SUMMARY, VALIDATION, Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from autoseg.experiment_planning.fingerprint import Fingerprint
 
-REPORT = "report.html"
-SUMMARY = "summary.json"
 PICTURES_SHOWN = ("worst", "median")
 MOST_PICTURE_BYTES = 3_000_000  # of all overlays together; a report is mailed
 RESAMPLES = 2000  # of the bootstrap over cases
@@ -76,7 +74,7 @@ class FoldRecord:
 
 def write_report(place: Workspace, output: Path | None = None) -> Path:
     """Write the report of a workspace; by default `report.html` in it. Raises PlanError where there is no plan."""
-    output = output or place.root / REPORT
+    output = output or place.report
     if not place.plan.exists():
         raise PlanError(f"{place.plan}: there is no plan yet, so there is nothing to report.")
     plan = Plan.load(place.plan)
@@ -89,7 +87,7 @@ def write_report(place: Workspace, output: Path | None = None) -> Path:
     trained = {name: found for name, found in folds.items() if found}
     if trained:
         sections.append(("Training", _training(trained)))
-    selection = place.root / "selection.json"
+    selection = place.selection
     if selection.exists():
         chosen = read_json(selection, error=PlanError, what="selection")
         sections.insert(1, ("What was chosen, and why", _table_of_decisions(_decisions_of(chosen))))
@@ -228,7 +226,7 @@ def _fold(folder: Path) -> FoldRecord | None:
             case: {structure: row.get("dice") for structure, row in scores.items()}
             for case, scores in content.get("cases", {}).items()
         }
-    pictures = {path.stem: path for path in (folder / VALIDATION / "pictures").glob("*.png")}
+    pictures = {path.stem: path for path in (folder / VALIDATION / PICTURES).glob("*.png")}
     return FoldRecord(
         folder.name.removeprefix("fold_"),
         [int(row["step"]) for row in rows],

@@ -9,6 +9,21 @@ from autoseg.plan import PreprocessingSettings
 
 DEFAULT_WORKSPACE = "autoseg_workspace"
 
+# in a workspace, and in an exported model: models/<configuration>/fold_K/
+MODELS = "models"
+SELECTION = "selection.json"  # what cross-validation chose
+
+# in a fold's folder
+CHECKPOINT = "checkpoint.safetensors"  # the weights to predict with
+RESUME = "resume.safetensors"  # where the training stands
+HISTORY = "history.csv"
+CURVE = "curve.png"
+VALIDATION = "validation"  # held-out predictions, scores, pictures
+
+# in the folder `validation`
+SUMMARY = "summary.json"  # every score
+PICTURES = "pictures"  # best.png, median.png, worst.png
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -38,18 +53,35 @@ class Workspace:
         """`folds.json`: for each fold the training and validation cases (the form of nnU-Net's splits_final.json)."""
         return self.root / "folds.json"
 
+    @property
+    def lock(self) -> Path:
+        """`run.lock`: held by who plans, preprocesses or runs everything."""
+        return self.root / "run.lock"
+
+    @property
+    def models(self) -> Path:
+        """`models/`."""
+        return self.root / MODELS
+
+    @property
+    def selection(self) -> Path:
+        """`selection.json`."""
+        return self.root / SELECTION
+
+    @property
+    def report(self) -> Path:
+        """`report.html`."""
+        return self.root / "report.html"
+
+    @property
+    def model(self) -> Path:
+        """`model/`: the exported model; `model.zip` holds the same."""
+        return self.root / "model"
+
     def store(self, settings: PreprocessingSettings) -> Path:
         """`preprocessed/<store id>/`."""
         return self.root / "preprocessed" / settings.store_id
 
     def fold(self, configuration: str, fold: str) -> Path:
         """`models/<configuration>/fold_K/`; K is a number or `all`."""
-        return self.root / "models" / configuration / f"fold_{fold}"
-
-
-# files in a fold's folder
-CHECKPOINT = "checkpoint.safetensors"  # the weights to predict with
-RESUME = "resume.safetensors"  # where the training stands
-HISTORY = "history.csv"
-CURVE = "curve.png"
-VALIDATION = "validation"  # held-out predictions, scores, pictures
+        return self.models / configuration / f"fold_{fold}"

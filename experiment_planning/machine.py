@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+from autoseg.executor import host_memory_bytes
 from autoseg.experiment_planning.notes import Notes
 from autoseg.plan import Budget
 from autoseg.units import format_bytes, format_seconds
@@ -69,17 +69,3 @@ def resolve_machine(budget: Budget, notes: Notes, *, probe: bool) -> Machine:
     notes.add("budget.fold_seconds", seconds, because)
     usable = int(memory * MEMORY_SHARE)
     return Machine(Budget(memory, seconds, name), usable, precision, probe and not absent)
-
-
-def host_memory_bytes() -> int:
-    """Memory of this machine, or of the container where that has less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 * 10**9
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path, encoding="ascii") as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total

@@ -30,7 +30,7 @@ from autoseg.errors import AutosegError, CheckpointError, PlanError
 from autoseg.files import read_json, write_json
 from autoseg.image import Image, read_image, write_image
 from autoseg.inference.cascade import held_out_cases, prepare_previous_stage
-from autoseg.inference.evaluation import SUMMARY, Evaluation, ImageScores, Pair, evaluate_pairs, score_image
+from autoseg.inference.evaluation import Evaluation, ImageScores, Pair, evaluate_pairs, score_image
 from autoseg.inference.export import export_labels
 from autoseg.inference.grids import bring_logits
 from autoseg.inference.held_out import HeldOutCase, held_out_case
@@ -39,14 +39,13 @@ from autoseg.inference.predictor import Model, NetworkAnswer, PredictionSettings
 from autoseg.plan import Plan
 from autoseg.preprocessing.resample import resample_image
 from autoseg.preprocessing.store import Store
-from autoseg.workspace import CHECKPOINT, VALIDATION, Workspace
+from autoseg.workspace import CHECKPOINT, PICTURES, SUMMARY, VALIDATION, Workspace
 
 __all__ = ["prepare_previous_stage", "validate_fold"]  # training a cascade needs both
 
 log = logging.getLogger(__name__)
 
 ALL = "all"  # the fold that trains on every case
-PICTURES = "pictures"
 IMAGES = "images.json"
 PROBABILITIES = "probabilities"
 PLAIN, MIRRORED = "plain", "mirrored"

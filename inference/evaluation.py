@@ -28,7 +28,6 @@ from autoseg.metrics import IMAGE_METRICS, METRICS, TOLERANCE_MM, Metric, score_
 
 log = logging.getLogger(__name__)
 
-SUMMARY = "summary.json"
 ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".png", ".tif", ".tiff", ".bmp")
 RESAMPLES = 2000  # bootstrap samples of the cases
 CONFIDENCE = 0.95

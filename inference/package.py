@@ -28,15 +28,11 @@ from autoseg import __version__
 from autoseg.checkpoint import Checkpoint
 from autoseg.errors import CheckpointError, StorageError
 from autoseg.files import PARTIAL, atomic_path, read_json, storage_error
-from autoseg.inference.evaluation import SUMMARY
 from autoseg.plan import Plan, to_json
-from autoseg.workspace import CHECKPOINT, VALIDATION, Workspace
+from autoseg.workspace import CHECKPOINT, MODELS, SELECTION, SUMMARY, VALIDATION, Workspace
 
 MANIFEST = "model.json"
 DATASET = "dataset.json"
-SELECTION = (
-    "selection.json"  # how the configurations are joined and what is done to their answer, where that was chosen
-)
 MODEL_FORMAT = "autoseg model 1"
 ZIP_ENDING = ".zip"
 UNDATED = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: the same model gives the same bytes
@@ -74,7 +70,7 @@ def export_model(
     if selection is not None:
         files[SELECTION] = selection
     for path, checkpoint in members:
-        files[f"models/{checkpoint.configuration}/fold_{checkpoint.fold}/{CHECKPOINT}"] = path
+        files[f"{MODELS}/{checkpoint.configuration}/fold_{checkpoint.fold}/{CHECKPOINT}"] = path
     manifest = {
         "format": MODEL_FORMAT,
         "dataset": plan.dataset,

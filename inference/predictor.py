@@ -27,7 +27,7 @@ from autoseg.inference.chosen import Chosen
 from autoseg.inference.ensemble import average_logits, average_on_one_grid
 from autoseg.inference.export import export_image, export_labels, export_probabilities
 from autoseg.inference.grids import bring_logits, grid_between
-from autoseg.inference.package import SELECTION, is_packed, unpacked
+from autoseg.inference.package import is_packed, unpacked
 from autoseg.inference.postprocess import Cleaning, clean_labels
 from autoseg.inference.sliding_window import MAX_RAM_BYTES, sliding_window_logits
 from autoseg.networks import UNet
@@ -42,11 +42,10 @@ from autoseg.preprocessing.case import (
     preprocess_case,
 )
 from autoseg.preprocessing.framed import turned
-from autoseg.workspace import CHECKPOINT
+from autoseg.workspace import CHECKPOINT, MODELS, SELECTION
 
 log = logging.getLogger(__name__)
 
-MODELS = "models"  # in a workspace and in an exported model: models/<configuration>/fold_<K>/
 BATCH_VOXELS = {"cpu": 2**17, "cuda": 2**22, "mps": 2**20}  # voxels of all inputs that enter the network at once
 
 Source = Path | str | Sequence[Path | str] | Image | NDArray[np.generic]

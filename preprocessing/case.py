@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.errors import AutosegError, DatasetError, StorageError
+from autoseg.executor import host_memory_bytes
 from autoseg.geometry import (
     Box,
     box_shape,
@@ -41,6 +42,7 @@ from autoseg.labels import Labels
 from autoseg.plan import PreprocessingSettings, Vector, from_json, to_json
 from autoseg.preprocessing.normalize import intensity_units, normalize
 from autoseg.preprocessing.resample import resample_image, resample_label
+from autoseg.units import format_bytes
 
 Shape = tuple[int, int, int]
 
@@ -125,7 +127,7 @@ def preprocess_case(
     image's voxels. `geometry` is `find_geometry(image, settings, label)` where that is at hand.
 
     Intensities are normalised before they are resampled, so that interpolation invents none that count. Raises
-    DatasetError where the label's extent or the number of channels does not fit.
+    DatasetError where the label's extent or the number of channels does not fit, or the grid does not fit into memory.
     """
     if image.channels != len(settings.normalization):
         raise DatasetError(
@@ -138,6 +140,7 @@ def preprocess_case(
             "extent; they must be equal."
         )
     geometry = geometry or find_geometry(image, settings, label)
+    _check_size(geometry, image.channels)
     cropped = _cut(image.array, geometry)
     nonzero = functools.lru_cache(maxsize=1)(lambda: _nonzero_mask(cropped))
     normalized = np.empty(cropped.shape, dtype=np.float32)
@@ -149,6 +152,22 @@ def preprocess_case(
     values = labels.known_values if labels else None
     where = find_label_geometry(label, geometry, settings.label_scale)
     return PreprocessedCase(resampled, bring_label(label, where, values=values), geometry, where)
+
+
+def _check_size(geometry: CaseGeometry, channels: int) -> None:
+    """Refuse a grid that no memory holds: one wrong number in a header can ask for it. Raises DatasetError."""
+    before, after = geometry.cropped, geometry.network
+    size, limit = 4 * channels * math.prod(after.shape), host_memory_bytes()
+    if size > limit:
+        raise DatasetError(
+            f"{_voxels_of(before)} become {_voxels_of(after)} on the grid of the plan, {format_bytes(size)} where this "
+            f"machine has {format_bytes(limit)}; correct the spacing in the file's header, or use a machine with more "
+            "memory."
+        )
+
+
+def _voxels_of(grid: Grid) -> str:
+    return f"{'x'.join(map(str, grid.shape))} voxels of {'x'.join(f'{mm:.4g}' for mm in grid.spacing)} mm"
 
 
 def find_geometry(image: Image, settings: PreprocessingSettings, label: Image | None = None) -> CaseGeometry:

@@ -59,7 +59,7 @@ class Training:
             self.fold,
             workspace=place,
             seconds=PACE_SECONDS,
-            on_step=lambda progress: seen.append((progress.step, progress.elapsed)),
+            on_step=lambda progress: seen.append((progress.step, progress.seconds)),
         )
         shutil.rmtree(self.folder)
         (step, began), (last, ended) = seen[len(seen) // 3], seen[-1]

@@ -24,7 +24,7 @@ The budget is time on a quiet machine, and every arm gets the steps that it take
 times its steps (several calls: the median), with nothing else on the machine; the trainings that follow with the same
 --folder take so many steps, so that what else runs beside them changes how long they take and nothing else. Without
 --pace before it, an arm is timed just before it is trained. Rows are added to --json, so that arms may be run on
-different days.
+different days. `--cost` times training steps of B and D in turns in one process and counts their memory.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import math
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,19 +43,27 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import torch
 from measure import machine, markdown_table, measure
 from paced import AUTOSEG, Training
 from sr_data import DATASETS, Array, Degradation, HighCase, floors, read_cases, write_dataset
 
 from autoseg.dataset import RawDataset
+from autoseg.device import autocast_dtype
 from autoseg.experiment_planning.memory import training_memory
 from autoseg.geometry import corner_distance
 from autoseg.image import Image, read_image
 from autoseg.metrics import score_images, score_masks
 from autoseg.plan import Plan
+from autoseg.preprocessing.store import Store
+from autoseg.training.batches import Samples, collate
+from autoseg.training.settings import RECIPES
+from autoseg.training.step import build_training, training_step
+from autoseg.workspace import Workspace
 
 FOLD = "0"
 PACE_ROUNDS = 3
+COST_ROUNDS, COST_STEPS = 15, 4
 TOLERANCE_MM = 0.5  # of NSD: at 1 mm data of 1 mm cannot rank methods
 METRICS = ("dice", "assd", "hd95", "nsd", "volume_error_ratio")
 IMAGE_METRICS = ("psnr", "ssim")
@@ -110,15 +119,20 @@ class Trained:
         return read_image(self.fold / "validation" / f"{case}.nii.gz")
 
 
+def planned(run: Run, dataset: Path, configuration: str, *options: str, minutes: float | None = None) -> Training:
+    """plan-and-preprocess for a share of the budget."""
+    training = Training(dataset, configuration, FOLD, dataset.parent / f"workspace_{configuration}")
+    training.plan([configuration], 60 * (minutes or run.minutes), *options)
+    return training
+
+
 def train(run: Run, dataset: Path, configuration: str, *options: str, minutes: float | None = None) -> Trained:
     """plan-and-preprocess and train-fold, for a share of the budget. Raises OnlyPaced."""
-    seconds = 60 * (minutes or run.minutes)
-    training = Training(dataset, configuration, FOLD, dataset.parent / f"workspace_{configuration}")
-    training.plan([configuration], seconds, *options)
+    training = planned(run, dataset, configuration, *options, minutes=minutes)
     if run.only_pace:
         training.time_steps()
         raise OnlyPaced
-    steps, used = training.train(seconds, run.seed, steps=run.steps)
+    steps, used = training.train(60 * (minutes or run.minutes), run.seed, steps=run.steps)
     plan = Plan.load(training.root / "plan.json")
     folds = json.loads((training.root / "folds.json").read_text())
     c = plan.configuration(configuration)
@@ -423,6 +437,60 @@ def floors_table(source: RawDataset, cases: Sequence[HighCase], axis: int, scale
     return markdown_table(("axis, scale", *names), lines)
 
 
+# --- cost ---------------------------------------------------------------------------------------------------------------
+
+
+def cost_table(run: Run, arms: Sequence[str]) -> str:
+    """Seconds of a training step of the arms, taken in turns, and memory; as shares of the first arm's."""
+    trainings = [COSTED[arm](run) for arm in arms]
+    steps = [Steps(training) for training in trainings]
+    seconds = np.array([[each.seconds() for each in steps] for _ in range(COST_ROUNDS)])
+    shares = seconds / seconds[:, :1]
+    lines = []
+    for column, (arm, each) in enumerate(zip(arms, steps, strict=True)):
+        low, middle, high = np.percentile(shares[:, column], (25, 50, 75))
+        own, first = each.activations, steps[0].activations
+        lines.append(
+            [arm, f"{np.median(seconds[:, column]):.3f} s", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+            + [f"{own / 1e6:.1f} MB", f"{own / first:.2f}", f"{each.parameters / 1e6:.2f} M"]
+        )
+    return markdown_table(("arm", "step", "share (quartiles)", "activations/sample", "share", "parameters"), lines)
+
+
+class Steps:
+    """Training steps of a planned configuration on one batch of its own."""
+
+    def __init__(self, training: Training) -> None:
+        plan = Plan.load(training.root / "plan.json")
+        c = plan.configuration(training.configuration)
+        memory = training_memory(c, plan.labels)
+        self.activations, self.parameters = memory.moving_bytes / c.batch_size, memory.parameters
+        cases = json.loads((training.root / "folds.json").read_text())[int(FOLD)]["train"]
+        store = Store(Workspace(training.root).store(c.preprocessing))
+        samples = Samples(store, cases, c, plan.labels, seed=0)
+        self.batch = collate([samples[0, index] for index in range(c.batch_size)])
+        recipe = RECIPES[c.training.recipe]
+        self.state = build_training(c.architecture, plan.labels, recipe, configuration=c)
+        self.precision = autocast_dtype(torch.device("cpu"))
+
+    def seconds(self) -> float:
+        """Of one step: the mean of a few, after one that is not counted."""
+        for number in range(COST_STEPS + 1):
+            if number == 1:
+                began = time.perf_counter()
+            batch = self.batch
+            training_step(
+                self.state, batch.image, batch.label, precision=self.precision, truth=batch.truth, grid=batch.grid
+            )
+        return (time.perf_counter() - began) / COST_STEPS
+
+
+COSTED: dict[str, Callable[[Run], Training]] = {
+    "B": lambda run: planned(run, run.write("interpolated"), "3d_fullres"),
+    "D": lambda run: planned(run, run.write("high"), "3d_sr", *_input(run)),
+}
+
+
 def main() -> None:
     """Run the arms and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -435,6 +503,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file that collects the rows of several runs")
     parser.add_argument("--floors", action="store_true", help="only what is had without a network")
     parser.add_argument("--pace", action="store_true", help="plan the arms in --folder and time their steps, no more")
+    parser.add_argument("--cost", action="store_true", help="only time steps of B and D in turns, and count memory")
     parser.add_argument("--steps", type=int, help="of every arm, instead of what it takes in --minutes")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print the tables of JSON files and end")
     parser.add_argument("--folder", type=Path, help="keep datasets and models here [default: a temporary folder]")
@@ -450,6 +519,13 @@ def main() -> None:
     source, cases = read_cases(options.dataset)
     if options.floors:
         print(floors_table(source, cases, options.axis, options.scales))
+        return
+    if options.cost:
+        print(machine(), "\n")
+        for scale in options.scales:
+            with tempfile.TemporaryDirectory() as folder:
+                run = Run(source, cases, Degradation(options.axis, scale), (scale,), options.minutes, 0, Path(folder))
+                print(f"axis {options.axis}, x{scale:g}\n\n{cost_table(run, list(COSTED))}\n", flush=True)
         return
     rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     for seed in range(PACE_ROUNDS) if options.pace else options.seeds:  # in turns: the machine is never the same

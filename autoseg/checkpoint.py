@@ -97,12 +97,25 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
             raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error)) from error
 
 
+def read_header(path: Path, expected_format: str) -> dict[str, Any]:
+    """The header alone of such a file; its tensors are not looked at. Raises what `load_tensors` does."""
+    return _read(path, expected_format, tensors=False)[1]
+
+
 def load_tensors(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of such a file. Raises CheckpointError where it is missing, damaged or of another format."""
+    tensors, header = _read(path, expected_format, tensors=True)
+    if header.pop(CHECKSUM, None) != _checksum(tensors, header):
+        raise CheckpointError(f"{path}: its content has changed since it was written; restore the file or train anew.")
+    return tensors, header
+
+
+def _read(path: Path, expected_format: str, *, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("autoseg", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = file.keys() if tensors else ()
+            content = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such checkpoint; train the fold first.") from error
     except (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -114,9 +127,7 @@ def load_tensors(path: Path, expected_format: str) -> tuple[dict[str, Tensor], d
     found = header.get("format") if isinstance(header, dict) else None
     if found != expected_format:
         raise CheckpointError(f"{path}: expected '{expected_format}', found '{found}'; use the autoseg that wrote it.")
-    if header.pop(CHECKSUM, None) != _checksum(tensors, header):
-        raise CheckpointError(f"{path}: its content has changed since it was written; restore the file or train anew.")
-    return tensors, header
+    return content, header
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:

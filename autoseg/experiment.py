@@ -20,7 +20,7 @@ from autoseg.files import remove_leftovers
 from autoseg.locks import alone
 from autoseg.pipeline import plan_and_preprocess, train, validate, workspace_of
 from autoseg.plan import Plan
-from autoseg.workspace import CHECKPOINT, HISTORY, RESUME, SUMMARY, VALIDATION, Workspace
+from autoseg.workspace import CHECKPOINT, HISTORY, SUMMARY, VALIDATION, Workspace
 
 if TYPE_CHECKING:
     from autoseg.inference.selection import Selection
@@ -41,6 +41,42 @@ class Task:
 
     def __str__(self) -> str:
         return f"{self.configuration}, fold {self.fold}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fold to be trained to a budget, predicted and scored: plain values, so that any process can be given it."""
+
+    dataset: Path
+    """The raw dataset."""
+    workspace: Path
+    """`<workspace>/<dataset name>/`, with plan.json, folds.json and the filled store."""
+    configuration: str
+    fold: str
+    seconds: float | None = None
+    """Training time; what was begun keeps the time that it was begun with."""
+    steps: int | None = None
+    """Or steps; without either the plan says how long."""
+    device: str = "auto"
+    workers: int = 1
+    """Processes that score the predictions."""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.configuration}, fold {self.fold}"
+
+
+@dataclass(frozen=True)
+class JobDone:
+    """What became of a job, and the seconds that it took."""
+
+    job: Job
+    finished: bool
+    """False where a stop signal ended the training before its budget did; it is not predicted then."""
+    training_seconds: float
+    """With the start of the training and the end of its files."""
+    predicting_seconds: float
+    """To predict and score what was held out."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +139,7 @@ def run(
         )
         plan = planned.plan
         tasks = find_tasks(plan, place, drop_cases=planned.dropped)
-        validating = 0.0  # seconds of the longest validation so far
+        predicting = 0.0  # seconds of the longest predictions so far
         for number, task in enumerate(tasks):
             if is_done(task, plan, place):
                 continue
@@ -112,13 +148,15 @@ def run(
             budget = None
             if seconds is not None and steps is None:
                 left = seconds * (1 + TRAINING_SHARE) / 2 - (clock() - began)
-                budget = max(LEAST_FOLD_SECONDS, left / len(waiting) - validating)
-            trained = _train(plan, task, place, budget, steps, device=device, seed=seed, on_step=on_step, stop=stop)
-            if not trained or stop():
+                budget = max(LEAST_FOLD_SECONDS, left / len(waiting) - predicting)
+            job = Job(
+                Path(dataset_root), place.root, task.configuration, task.fold,
+                seconds=budget, steps=steps, device=device, workers=workers, seed=seed,
+            )  # fmt: skip
+            done = run_job(job, on_step=on_step, stop=stop, clock=clock)
+            if not done.finished or stop():
                 return Outcome(plan, place, None, finished=False)
-            start = clock()
-            validate(dataset_root, plan, task.configuration, task.fold, workspace=place, device=device, workers=workers)
-            validating = max(validating, clock() - start)
+            predicting = max(predicting, done.predicting_seconds)
         on_part("choosing")
         selection = _select(Path(dataset_root), plan, place, workers=workers)
         on_part("exporting the model and writing the report")
@@ -139,58 +177,60 @@ def find_tasks(plan: Plan, place: Workspace, *, drop_cases: Sequence[str] | dict
 
 def is_done(task: Task, plan: Plan, place: Workspace) -> bool:
     """Whether a fold is trained to its end by this plan and its held-out cases are scored."""
-    from autoseg.checkpoint import Checkpoint
+    from autoseg.training.loop import read_standing
 
     folder = place.fold(task.configuration, task.fold)
-    summary = folder / VALIDATION / SUMMARY
-    if not summary.is_file() or not (folder / CHECKPOINT).is_file():
+    summary, checkpoint = folder / VALIDATION / SUMMARY, folder / CHECKPOINT
+    standing = read_standing(folder)
+    if standing is None or not standing.finished or standing.plan != plan.id:
         return False
-    if summary.stat().st_mtime_ns < (folder / CHECKPOINT).stat().st_mtime_ns:
-        return False
-    checkpoint = Checkpoint.load(folder / CHECKPOINT)
-    return bool(checkpoint.plan.id == plan.id and checkpoint.summary.get("finished"))
+    return summary.is_file() and checkpoint.is_file() and summary.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
 
 
-def _train(
-    plan: Plan,
-    task: Task,
-    place: Workspace,
-    seconds: float | None,
-    steps: int | None,
+def run_job(
+    job: Job,
     *,
-    device: str,
-    seed: int,
-    on_step: Callable[[Progress], None] | None,
-    stop: Callable[[], bool],
-) -> bool:
-    """Train a fold, or go on with it; whether it came to its end."""
-    folder = place.fold(task.configuration, task.fold)
-    resume = (folder / RESUME).exists()
-    if not resume and (folder / HISTORY).exists():
-        (folder / HISTORY).unlink()  # of a run that was killed before it could save: it begins anew
-    if resume and _is_trained(folder):
-        return True
-    trained = train(
-        plan,
-        task.configuration,
-        task.fold,
-        workspace=place,
-        device=device,
-        seconds=None if resume and steps is None else seconds,  # what was begun keeps its budget
-        steps=steps,
-        resume=resume,
-        seed=seed,
-        on_step=on_step,
-        stop=stop,
-    )
-    return trained.finished
+    on_step: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.monotonic,
+) -> JobDone:
+    """Train a fold, or go on with it, then predict and score its held-out cases: only what is missing on the disk.
 
+    A job needs of others only that the folds of its previous stage are done, so jobs may run at the same time, in any
+    process and on any machine that sees both folders; no two of them on one fold. A job that was killed is run again,
+    here or elsewhere. Raises PlanError, CheckpointError, StorageError, WorkerError.
+    """
+    from autoseg.training.loop import read_standing
 
-def _is_trained(folder: Path) -> bool:
-    from autoseg.checkpoint import Checkpoint
-
-    path = folder / CHECKPOINT
-    return path.is_file() and bool(Checkpoint.load(path).summary.get("finished"))
+    place = Workspace(job.workspace)
+    plan = Plan.load(place.plan)
+    folder = place.fold(job.configuration, job.fold)
+    began = clock()
+    standing = read_standing(folder)
+    if standing is None:
+        (folder / HISTORY).unlink(missing_ok=True)  # of a run that was killed before it could save: it begins anew
+    if standing is None or not standing.finished:
+        trained = train(
+            plan,
+            job.configuration,
+            job.fold,
+            workspace=place,
+            device=job.device,
+            seconds=job.seconds if standing is None else None,
+            steps=job.steps,
+            resume=standing is not None,
+            seed=job.seed,
+            on_step=on_step,
+            stop=stop,
+        )
+        if not trained.finished:
+            return JobDone(job, False, clock() - began, 0.0)
+    middle = clock()
+    if not stop():
+        validate(
+            job.dataset, plan, job.configuration, job.fold, workspace=place, device=job.device, workers=job.workers
+        )
+    return JobDone(job, not stop(), middle - began, clock() - middle)
 
 
 def _select(root: Path, plan: Plan, place: Workspace, *, workers: int) -> Selection:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autoseg.checkpoint import Checkpoint, load_tensors, save_tensors
+from autoseg.checkpoint import Checkpoint, load_tensors, read_header, save_tensors
 from autoseg.device import autocast_dtype, resolve_device
 from autoseg.errors import CheckpointError, PlanError, StorageError, unknown_choice
 from autoseg.labels import Labels
@@ -89,6 +89,30 @@ class TrainedFold:
     seconds: float
     finished: bool
     """False where a stop signal ended it before its budget did."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a training stands, as `resume.safetensors` says."""
+
+    plan: str
+    """Id of the plan."""
+    limits: Limits
+    """The budget that it has."""
+    seconds: float
+    """That it has trained."""
+    finished: bool
+    """Whether it came to the end of that budget."""
+
+
+def read_standing(folder: Path) -> Standing | None:
+    """Where the training of a fold's folder stands; None where there is none. Raises CheckpointError."""
+    path = folder / RESUME
+    if not path.exists():
+        return None
+    header = read_header(path, RESUME_FORMAT)
+    limits = Limits(header["limits"]["steps"], header["limits"]["seconds"])
+    return Standing(header["plan"], limits, float(header["elapsed"]), bool(header.get("finished")))
 
 
 def train_fold(
@@ -423,6 +447,7 @@ class _Run:
             "elapsed": self.elapsed,
             "plateau_elapsed": self.plateau_elapsed,
             "limits": {"steps": self.limits.steps, "seconds": self.limits.seconds},
+            "finished": summary["finished"],
         }
         save_tensors(self.folder / RESUME, tensors, header)
 

@@ -13,6 +13,7 @@ part of each case that the thick slices cover. Arms:
     B      interpolate the image to the thin grid (cubic), then segment: what is done without super-resolution
     C      super-resolve (half of the time), then segment on the thin grid (the other half)
     D      joint: thick slices in, labels and image on the thin grid out (3d_sr)
+    D-implicit, D-filters  the same with another up head
     D-any  one network for any scale (3d_sr_any), trained once and scored at every one of --scales
     E      the thin slices themselves: the upper bound
     image  super-resolution without labels
@@ -210,6 +211,20 @@ def arm_d(run: Run) -> list[Scored]:
     return [_score_predictions(run, trained, run.degradation, "--image")]
 
 
+def with_head(head: str) -> Callable[[Run], list[Scored]]:
+    """Arm D with another up head: the value is changed in the plan."""
+
+    def arm(run: Run) -> list[Scored]:
+        dataset = run.write("high")
+        training = planned(run, dataset, "3d_sr", *_input(run))
+        plan = Plan.load(training.root / "plan.json")
+        changed = [replace(c, architecture=replace(c.architecture, head=head)) for c in plan.configurations]
+        replace(plan, configurations=tuple(changed)).save(training.root / "plan.json")
+        return [_score_predictions(run, train(run, dataset, "3d_sr"), run.degradation, "--image")]
+
+    return arm
+
+
 def arm_d_any(run: Run) -> list[Scored]:
     """Joint, one network for all scales."""
     dataset = write_dataset(
@@ -249,6 +264,8 @@ ARMS: dict[str, Callable[[Run], list[Scored]]] = {
     "B": arm_b,
     "C": arm_c,
     "D": arm_d,
+    "D-implicit": with_head("implicit"),
+    "D-filters": with_head("filters"),
     "D-any": arm_d_any,
     "E": arm_e,
     "image": arm_image,
@@ -437,7 +454,7 @@ def floors_table(source: RawDataset, cases: Sequence[HighCase], axis: int, scale
     return markdown_table(("axis, scale", *names), lines)
 
 
-# --- cost ---------------------------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost_table(run: Run, arms: Sequence[str]) -> str:

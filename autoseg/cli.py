@@ -49,6 +49,10 @@ WorkspaceOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
+FoldsOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--folds", metavar="FILE", help="Take these folds, such as nnU-Net's splits_final.json."),
+]
 WorkersOption = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--workers", metavar="N", min=0, help="Worker processes. [default: one for each core]"),
@@ -274,6 +278,7 @@ def plan_and_preprocess(
             help="Cases of one patient share a fold: a JSON of case: patient, or prefix: only the last part differs.",
         ),
     ] = None,
+    folds: FoldsOption = None,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
@@ -316,6 +321,7 @@ def plan_and_preprocess(
             replan=replan,
             keep_plan=keep_plan,
             group_by=group_by,
+            folds=folds,
             device=device,
             workers=_cores(workers),
             progress=progress,
@@ -390,13 +396,14 @@ def train_fold(
     Example:
       autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0 --time 30m
     """
-    from autoseg.pipeline import load_plan, require_current_store, train, validate
+    from autoseg.pipeline import load_plan, require_current_store, require_folds, train, validate
     from autoseg.units import format_seconds, parse_seconds
 
     screen = SCREEN.get()
     seconds = parse_seconds(time, option="--time") if time else None
     plan, place = load_plan(dataset, workspace)
     require_current_store(dataset, plan, configuration, workspace=place)
+    require_folds(dataset, workspace=place)
     with screen.training(f"{configuration} fold {fold}") as bar, screen.stop_signals() as stop:
         trained = train(
             plan,
@@ -613,6 +620,7 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option("--group-by", metavar="FILE", help="Cases of one patient share a fold: a JSON file, or prefix."),
     ] = None,
+    folds: FoldsOption = None,
     licence: Annotated[
         str, typer.Option("--licence", metavar="TEXT", help="The terms under which the model may be used.")
     ] = "not stated",
@@ -646,6 +654,7 @@ def run(
             configurations=names,
             drop_broken=drop_cases,
             group_by=group_by,
+            folds=folds,
             licence=licence,
             device=device,
             workers=_cores(workers),

@@ -18,7 +18,7 @@ from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError
 from autoseg.files import remove_leftovers
 from autoseg.locks import alone
-from autoseg.pipeline import plan_and_preprocess, train, validate, workspace_of
+from autoseg.pipeline import is_of_split, plan_and_preprocess, train, validate, workspace_of
 from autoseg.plan import Plan
 from autoseg.workspace import CHECKPOINT, HISTORY, SUMMARY, VALIDATION, Workspace
 
@@ -105,6 +105,7 @@ def run(
     configurations: Sequence[str] | None = None,
     drop_broken: bool = False,
     group_by: str | None = None,
+    folds: Path | None = None,
     licence: str = "not stated",
     device: str = "auto",
     workers: int = 1,
@@ -134,6 +135,7 @@ def run(
             configurations=configurations,
             drop_broken=drop_broken,
             group_by=group_by,
+            folds=folds,
             device=device,
             workers=workers,
         )
@@ -183,6 +185,8 @@ def is_done(task: Task, plan: Plan, place: Workspace) -> bool:
     summary, checkpoint = folder / VALIDATION / SUMMARY, folder / CHECKPOINT
     standing = read_standing(folder)
     if standing is None or not standing.finished or standing.plan != plan.id:
+        return False
+    if not is_of_split(plan, task.configuration, task.fold, workspace=place):
         return False
     return summary.is_file() and checkpoint.is_file() and summary.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoseg.dataset import RawDataset, list_cases
-from autoseg.errors import DatasetError, PlanError, StorageError
+from autoseg.errors import CheckpointError, DatasetError, PlanError, StorageError
 from autoseg.executor import start_workers, stop_workers
 from autoseg.labels import Labels
 from autoseg.plan import Budget, Plan, PreprocessingSettings, Vector, to_json
@@ -23,6 +23,7 @@ from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, MODELS, Workspace
 
 if TYPE_CHECKING:
+    from autoseg.experiment_planning.fingerprint import Fingerprint
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.inference.evaluation import Evaluation
     from autoseg.training.loop import Progress, TrainedFold
@@ -70,6 +71,7 @@ def plan_and_preprocess(
     replan: bool = False,
     keep_plan: bool = False,
     group_by: str | None = None,
+    folds: Path | None = None,
     device: str = "auto",
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -79,8 +81,8 @@ def plan_and_preprocess(
     `asked` are the grids of super-resolution. `drop_broken` leaves broken cases out instead of refusing the dataset. A
     plan that would change under trained models is refused unless `replan`, which puts them aside. `keep_plan`
     preprocesses for the plan.json that is there. `group_by` names what must not be parted by a fold: a JSON file of
-    case: patient, or "prefix" for cases whose names differ in their last part alone. Raises DatasetError, PlanError,
-    StorageError.
+    case: patient, or "prefix" for cases whose names differ in their last part alone. `folds` is a file of folds, such
+    as nnU-Net's splits_final.json, that is taken as it is. Raises DatasetError, PlanError, StorageError.
     """
     start_workers(workers)  # they import while this process does
     if not keep_plan:
@@ -113,6 +115,7 @@ def plan_and_preprocess(
             workers=workers,
             drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
             group_by=group_by,
+            given_folds=folds,
             fill=fill,
         )
     planned = [configuration.name for configuration in plan.configurations]  # a cascade brings its low resolution along
@@ -134,6 +137,7 @@ def _plan(
     workers: int,
     drop_cases: Sequence[str],
     group_by: str | None,
+    given_folds: Path | None,
     fill: Callable[..., bool],
 ) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
     """The plan, and the stores that were filled while it was made."""
@@ -144,10 +148,20 @@ def _plan(
     from autoseg.training.folds import write_folds
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
-    folds = plan_folds(dataset.root, fingerprint, place.folds, group_by=group_by)
+    folds = plan_folds(
+        dataset.root,
+        fingerprint,
+        place.folds,
+        group_by=group_by,
+        given=given_folds,
+        before=_fingerprint_before(place),
+        trained=bool(_trained(place)) and not replan,
+    )
     kept = None if replan else _plan_of_models(place)
     if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
         log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
+        if folds:  # the file was deleted
+            write_folds(place.folds, folds)
         return kept, ()
     ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
     early: tuple[PreprocessingSettings, ...] = ()
@@ -187,6 +201,15 @@ def _beside(
             ended.set()
     if not filling.result():
         start_workers(workers)
+
+
+def _fingerprint_before(place: Workspace) -> Fingerprint | None:
+    """The fingerprint of the planning before; None where there is none, or it cannot be read."""
+    from autoseg.experiment_planning.fingerprint import Fingerprint
+
+    with contextlib.suppress(DatasetError):
+        return Fingerprint.load(place.fingerprint)
+    return None
 
 
 def _plan_of_models(place: Workspace) -> Plan | None:
@@ -380,6 +403,18 @@ def require_current_store(dataset_root: Path, plan: Plan, configuration: str, *,
         )
 
 
+def require_folds(dataset_root: Path, *, workspace: Workspace) -> None:
+    """Make the folds as planning does where their file was deleted, so that equal images still share one."""
+    from autoseg.experiment_planning.folds import plan_folds
+    from autoseg.training.folds import write_folds
+
+    before = _fingerprint_before(workspace)
+    if before is not None and not workspace.folds.exists():
+        folds = plan_folds(Path(dataset_root), before, workspace.folds)
+        if folds:
+            write_folds(workspace.folds, folds)
+
+
 def train(
     plan: Plan,
     configuration: str,
@@ -420,6 +455,18 @@ def train(
     )
 
 
+def is_of_split(plan: Plan, configuration: str, fold: str, *, workspace: Workspace) -> bool:
+    """Whether a fold is, or would be, trained on the very cases that `folds.json` names for it now."""
+    from autoseg.preprocessing.store import Store
+    from autoseg.training.folds import load_or_make_folds, select_fold
+    from autoseg.training.loop import read_standing
+
+    standing = read_standing(workspace.fold(configuration, fold))
+    cases = Store(workspace.store(plan.configuration(configuration).preprocessing)).cases()
+    split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
+    return standing is None or standing.cases == split.id
+
+
 def validate(
     dataset_root: Path,
     plan: Plan,
@@ -437,6 +484,11 @@ def validate(
 
     if fold == ALL:
         return None
+    if not is_of_split(plan, configuration, fold, workspace=workspace):
+        raise CheckpointError(
+            f"{workspace.fold(configuration, fold)}: this fold was trained on other cases than {workspace.folds} names "
+            "now, so it may know those that it holds out; restore that file, or delete the folder and train it anew."
+        )
     dataset = list_cases(Path(dataset_root)).dataset
     return validate_fold(
         dataset, plan, configuration, fold, workspace=workspace, device=device, workers=workers, progress=progress

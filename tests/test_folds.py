@@ -96,13 +96,14 @@ FORM = r'a list of \{"train": \[cases\], "val": \[cases\]\}'
         ([{"train": None, "val": []}], f"fold 0 is not of the form {FORM}"),
         (
             [{"train": ["case_000"], "val": ["elsewhere", "x"]}],
-            "fold 0 names cases that the store does not have: elsewhere, x; .*",
+            r"fold 0 names cases that are not there \(.*\): elsewhere, x; correct it, or delete it and run",
         ),
         (
             [{"train": CASES[:3], "val": CASES[3:]}, {"train": CASES[:3], "val": CASES[2:4]}],
             "fold 1 both trains on and holds out case_002",
         ),
         ([{"train": [], "val": CASES}], "fold 0 has no training cases"),
+        ([{"train": [*CASES[:3], "case_001"], "val": CASES[3:]}], "fold 0 names case_001 twice"),
     ],
 )
 def test_a_wrong_split_file_is_refused_with_the_fold_and_what_is_wrong(
@@ -117,10 +118,15 @@ def test_a_wrong_split_file_is_refused_with_the_fold_and_what_is_wrong(
 def test_a_split_file_that_is_not_json_is_refused_with_the_line(tmp_path: Path) -> None:
     path = tmp_path / "folds.json"
     path.write_text('[\n{"train": [')
-    with pytest.raises(
-        PlanError, match=r"folds.json: the fold file is not valid JSON \(line 2.*delete it to have folds made"
-    ):
+    with pytest.raises(PlanError, match=r"folds.json: the fold file is not valid JSON \(line 2.*delete it and run"):
         load_or_make_folds(path, CASES)
+
+
+def test_cases_that_several_folds_hold_out_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "folds.json"
+    path.write_text(json.dumps([{"train": CASES[:9], "val": CASES[9:]}, {"train": CASES[:10], "val": CASES[10:]}]))
+    assert len(load_or_make_folds(path, CASES)) == 2
+    assert "several folds hold out case_010, case_011" in caplog.text and "case_009" not in caplog.text
 
 
 def test_cases_that_no_fold_names_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,6 +149,16 @@ def test_a_fold_that_is_not_there_is_refused_with_the_choices(name: str) -> None
 
 
 # ---- patients, and classes that few cases show
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=2, max_size=40))
+def test_however_patients_and_classes_lie_no_fold_holds_nothing_out(cases: list[tuple[int, bool]]) -> None:
+    names = [f"case_{i:02d}" for i in range(len(cases))]
+    belongs = {name: f"p{patient}" for name, (patient, _) in zip(names, cases, strict=True)}
+    shows = {name: {"rare"} if rare else set() for name, (_, rare) in zip(names, cases, strict=True)}
+    if len(set(belongs.values())) > 1:
+        assert all(fold.validation for fold in make_folds(names, groups=belongs, shows=shows))
 
 
 @settings(max_examples=30, deadline=None)

@@ -19,13 +19,13 @@ STAGES = ("experiment_planning", "preprocessing", "training", "inference")
 # the core, from below: a module imports from its own layer (without a ring) and from those above it in this list
 LAYERS = (
     {"errors", "__init__"},
-    {"files", "units", "integrity", "executor", "device"},
+    {"files", "units", "locks", "charts", "page", "integrity", "executor", "device"},
     {"geometry", "image", "labels"},
     {"dataset", "plan", "acquisition"},
     {"workspace", "networks", "metrics"},
     {"checkpoint"},
 )
-FACE = {"cli", "screen", "pipeline", "experiment", "demo", "report", "__main__"}
+FACE = {"cli", "screen", "pipeline", "experiment", "demo", "report", "results", "__main__"}
 STAGE_MAY_IMPORT = {
     "preprocessing": {"core"},
     "training": {"preprocessing", "core"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import warnings
@@ -19,6 +20,7 @@ FOLDS = 5
 SEED = 12345  # nnU-Net's, so that its folds and ours are the same
 ALL = "all"  # the fold that trains on every case
 REPEATED_SHARE = 0.2  # of the name prefixes that have several cases, from which on these look like patients
+REMEDY = "correct it, or delete it and run `autoseg plan-and-preprocess` again to have folds made"
 MOST_OF_A_PATIENT = 20  # cases with one prefix; more than that is rather a site or a study
 
 
@@ -28,6 +30,11 @@ class Fold:
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """Hash of the training cases: a model is held to the cases that it never saw."""
+        return hashlib.sha256("\n".join(self.train).encode()).hexdigest()[:12]
 
 
 def make_folds(
@@ -124,33 +131,47 @@ def look_like_repeated_patients(cases: Sequence[str]) -> bool:
 
 def load_folds(path: Path, cases: Sequence[str]) -> list[Fold]:
     """Read `folds.json` or nnU-Net's `splits_final.json` and hold it against the cases there are. Raises PlanError."""
-    content = read_json(path, error=PlanError, what="fold file", remedy="correct it, or delete it to have folds made")
-    known = set(cases)
+    content = read_json(path, error=PlanError, what="fold file", remedy=REMEDY)
     form = 'a list of {"train": [cases], "val": [cases]}'
     if not isinstance(content, list) or not content:
         found = "an empty list" if content == [] else "an object" if isinstance(content, dict) else repr(content)
-        raise PlanError(f"{path}: expected {form}, got {found}; correct the file, or delete it to have folds made.")
+        raise PlanError(f"{path}: expected {form}, got {found}; {REMEDY}.")
     folds = []
     for i, entry in enumerate(content):
         if not isinstance(entry, dict) or set(entry) != {"train", "val"} or not all(map(_is_names, entry.values())):
-            raise PlanError(f"{path}: fold {i} is not of the form {form}.")
-        train, validation = tuple(entry["train"]), tuple(entry["val"])
-        unknown = sorted({*train, *validation} - known)
-        if unknown:
-            raise PlanError(
-                f"{path}: fold {i} names cases that the store does not have: {', '.join(unknown[:5])}; "
-                "preprocess them, correct the file, or delete it to have folds made."
-            )
-        both = sorted(set(train) & set(validation))
-        if both:
-            raise PlanError(f"{path}: fold {i} both trains on and holds out {', '.join(both[:5])}.")
-        if not train:
-            raise PlanError(f"{path}: fold {i} has no training cases.")
-        folds.append(Fold(train, validation))
-    unused = sorted(known.difference(*(fold.train + fold.validation for fold in folds)))
+            raise PlanError(f"{path}: fold {i} is not of the form {form}; {REMEDY}.")
+        fold = Fold(tuple(entry["train"]), tuple(entry["val"]))
+        problem = _problem(fold, set(cases))
+        if problem:
+            raise PlanError(f"{path}: fold {i} {problem}; {REMEDY}.")
+        folds.append(fold)
+    unused = sorted(set(cases).difference(*(fold.train + fold.validation for fold in folds)))
     if unused:
-        logger.warning("%s: %d cases are in no fold: %s", path, len(unused), ", ".join(unused[:5]))
+        logger.warning("%s: %d cases are in no fold: %s; %s.", path, len(unused), _some(unused), REMEDY)
+    held_out = Counter(case for fold in folds for case in fold.validation)
+    repeated = sorted(case for case, times in held_out.items() if times > 1)
+    if repeated:
+        logger.warning("%s: several folds hold out %s; these cases count as often.", path, _some(repeated))
     return folds
+
+
+def _problem(fold: Fold, known: Collection[str]) -> str | None:
+    """What is wrong with a fold of these cases, as the end of a sentence."""
+    unknown = sorted({*fold.train, *fold.validation}.difference(known))
+    if unknown:
+        return f"names cases that are not there (renamed, left out, or not preprocessed): {_some(unknown)}"
+    both = sorted(set(fold.train) & set(fold.validation))
+    if both:
+        return f"both trains on and holds out {_some(both)}"
+    for names in (fold.train, fold.validation):
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
+        if twice:
+            return f"names {_some(twice)} twice"
+    return None if fold.train else "has no training cases"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _is_names(entry: object) -> bool:

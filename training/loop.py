@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import time
@@ -103,6 +102,8 @@ class Standing:
     """That it has trained."""
     finished: bool
     """Whether it came to the end of that budget."""
+    cases: str
+    """`Fold.id` of the cases that it trains on."""
 
 
 def read_standing(folder: Path) -> Standing | None:
@@ -112,7 +113,7 @@ def read_standing(folder: Path) -> Standing | None:
         return None
     header = read_header(path, RESUME_FORMAT)
     limits = Limits(header["limits"]["steps"], header["limits"]["seconds"])
-    return Standing(header["plan"], limits, float(header["elapsed"]), bool(header.get("finished")))
+    return Standing(header["plan"], limits, float(header["elapsed"]), bool(header.get("finished")), header["cases"])
 
 
 def train_fold(
@@ -170,7 +171,7 @@ def train_fold(
         settings.architecture, plan.labels, RECIPES[recipe_name], torch_device, configuration=settings
     )
     identity = {"plan": plan.id, "configuration": configuration, "fold": fold, "seed": seed, "recipe": recipe_name}
-    identity["cases"] = hashlib.sha256("\n".join(split.train).encode()).hexdigest()[:12]
+    identity["cases"] = split.id
     run = _Run(plan, settings, fold, folder, limits, state, identity)
     run.begin(resume=resume, same_limits=seconds is None and steps is None)
     online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size)

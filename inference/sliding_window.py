@@ -106,8 +106,9 @@ def sliding_window_logits(
 
     The network is given `halo` more slices at both ends of the first axis; outside of the image the outermost slice is
     repeated. With `grid`, the output voxels that are asked for of the whole image, it is called as
-    `network(tiles, grid)`, answers (B, K, *grid.shape), and the result is (K, *grid.shape); what is outside of the
-    image is then its outermost voxel repeated, so that nothing is interpolated towards zero.
+    `network(tiles, grid)`, answers (B, K, *grid.shape), and the result is (K, *grid.shape). Outside of the image lie
+    zeros, as in training; along axes that are refined its outermost voxel again, so that nothing is interpolated
+    towards zero.
     """
     device = device or image.device
     steps = (step_size,) * 3 if isinstance(step_size, int | float) else tuple(step_size)
@@ -122,7 +123,8 @@ def sliding_window_logits(
             tile_axis(n, patch=p, divisor=p, asked=o)
             for n, p, o in zip(image.shape[1:], patch_size, asked, strict=True)
         ]
-    image = _pad(image, axes, halo=halo, repeat=grid is not None)
+    finer = [axis != (n, 1, 0) for n, axis in zip(image.shape[1:], asked, strict=True)]
+    image = _pad(image, axes, halo=halo, repeat=finer)
     flips = mirror_flips(mirror_axes)
     evaluate = functools.partial(
         _tile_logits,
@@ -202,15 +204,14 @@ def _gaussian(from_centre: Tensor, size: int) -> Tensor:
     return torch.exp(-0.5 * (from_centre / (size * GAUSSIAN_SIGMA)) ** 2)
 
 
-def _pad(image: Tensor, axes: Sequence[TileAxis], *, halo: int, repeat: bool) -> Tensor:
-    """The image with what its tiles need around it: zeros, or with `repeat`, and in the halo, its outermost voxels."""
-    z, y, x = ((before, after) for before, after in (axis.padding for axis in axes))
-    if repeat or halo:
-        image = _repeat_edges(image, ((z[0] + halo, z[1] + halo), *((y, x) if repeat else ())))
-        z = (0, 0)
-        y, x = ((0, 0), (0, 0)) if repeat else (y, x)
-    widths = [*x, *y, *z]
-    return functional.pad(image, widths) if any(widths) else image
+def _pad(image: Tensor, axes: Sequence[TileAxis], *, halo: int, repeat: Sequence[bool]) -> Tensor:
+    """The image with what its tiles need around it: zeros, or where `repeat`, and with a halo, its outermost voxels."""
+    z, y, x = (axis.padding for axis in axes)
+    widths = [(z[0] + halo, z[1] + halo), y, x]
+    again = [bool(repeat[0] or halo), *repeat[1:]]
+    image = _repeat_edges(image, [width if here else (0, 0) for width, here in zip(widths, again, strict=True)])
+    zeros = [(0, 0) if here else width for width, here in zip(widths, again, strict=True)]
+    return functional.pad(image, [*zeros[2], *zeros[1], *zeros[0]]) if any(map(any, zeros)) else image
 
 
 def _repeat_edges(image: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:

@@ -271,6 +271,22 @@ def test_the_edge_of_the_image_is_not_interpolated_towards_the_padding():
     assert torch.allclose(logits[0], torch.full((10, 10, 10), 7.0))
 
 
+def test_along_axes_that_are_not_refined_the_network_sees_zeros_outside_as_it_did_in_training():
+    seen = []
+
+    class Noting(Interpolating):
+        def forward(self, x: torch.Tensor, grid: OutputGrid) -> list[torch.Tensor]:
+            seen.append(x)
+            return super().forward(x, grid)
+
+    image = torch.full((1, 5, 5, 5), 7.0)
+    grid = OutputGrid((10, 5, 5), (2.0, 1.0, 1.0))
+    logits = sliding_window_logits(Noting(), image, patch_size=(8, 8, 8), divisor=(8, 8, 8), grid=grid)
+    assert torch.allclose(logits[0], torch.full((10, 5, 5), 7.0))
+    (tile,) = seen
+    assert bool((tile[0, 0, :, 1:6, 1:6] == 7).all()) and tile.sum() == 7 * 8 * 5 * 5
+
+
 @given(n=st.integers(1, 9), voxels=st.integers(1, 20), scale=st.floats(1, 4), start=st.floats(-2, 2), data=st.data())
 @settings(deadline=None, max_examples=40)
 def test_a_mirrored_grid_asks_for_the_same_places_of_the_mirrored_input(n, voxels, scale, start, data):

@@ -482,9 +482,8 @@ class Steps:
         c = plan.configuration(training.configuration)
         memory = training_memory(c, plan.labels)
         self.activations, self.parameters = memory.moving_bytes / c.batch_size, memory.parameters
-        cases = json.loads((training.root / "folds.json").read_text())[int(FOLD)]["train"]
         store = Store(Workspace(training.root).store(c.preprocessing))
-        samples = Samples(store, cases, c, plan.labels, seed=0)
+        samples = Samples(store, store.cases(), c, plan.labels, seed=0)
         self.batch = collate([samples[0, index] for index in range(c.batch_size)])
         recipe = RECIPES[c.training.recipe]
         self.state = build_training(c.architecture, plan.labels, recipe, configuration=c)

@@ -319,7 +319,8 @@ def _from_finer_cases(question: _Question) -> _Answer:
     scale = snap(median / target)
     if scale > question.limit:
         return f"the finest cases are {scale:g} times as fine as the median, beyond the limit of {question.limit:g}"
-    low, high = max(1.0, thick[0] / target), min(thick[-1] / target, LARGEST_SCALE)
+    # the scale that is planned for is within: it may be snapped upwards, or lie between thin and thick cases
+    low, high = min(scale, max(1.0, thick[0] / target)), max(scale, min(thick[-1] / target, LARGEST_SCALE))
     spread = (round(low, 4), round(high, 4)) if (thick[-1] - thick[0]) / median > SPREAD else None
     output = (target, *question.grid.spacing[1:])
     factors = (scale, 1.0, 1.0)

@@ -233,6 +233,16 @@ def test_spacings_that_differ_ask_for_any_scale():
 
 
 @pytest.mark.parametrize(
+    ("thin", "thick", "thick_mm", "scale", "spread"),
+    [(12, 40, (2.0, 3.9, 3.9, 3.9, 3.9), 4.0, (2.0, 4.0)), (20, 20, (3.0, 5.0), 2.0, (2.0, 5.0))],
+)
+def test_the_scale_that_is_planned_for_is_one_of_those_that_are_trained(thin, thick, thick_mm, scale, spread):
+    found, _ = choose(mixed(thin, thick, thick_mm=thick_mm))
+    assert found is not None and found.scale == (scale, 1.0, 1.0)
+    assert found.any_range == spread
+
+
+@pytest.mark.parametrize(
     ("ratio", "c", "planned", "said"),
     [
         (4.0, 0.85, True, "0.850"),

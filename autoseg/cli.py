@@ -665,9 +665,13 @@ def run(
         )
     if outcome.selection is None:
         return screen.refuse("Stopped before the end; the same command goes on from there.", stop.status)
-    best = outcome.selection.score
     screen.say(f"{outcome.model}")
     screen.say(f"{outcome.workspace.report}")
+    if not outcome.selection.scores:  # images alone
+        (why,) = outcome.selection.decisions
+        screen.say(f"{why.value}: {why.because}")
+        return DONE
+    best = outcome.selection.score
     screen.say(f"mean Dice {best.dice:.4f} ({best.low:.4f} to {best.high:.4f}): {best.candidate.name}")
     return DONE
 

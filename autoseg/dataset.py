@@ -60,6 +60,7 @@ class RawDataset:
     channels: tuple[str, ...]
     """Channel names in order ("CT", "T1", ...); they choose the normalisation."""
     labels: Labels
+    """Without names where the dataset has no labels: then no case has one."""
     file_ending: str
     cases: tuple[Case, ...]
     """The training cases, sorted by identifier."""
@@ -109,14 +110,18 @@ def list_cases(root: Path) -> Listing:
         raise DatasetError(f"{root / DATASET_JSON}: must be a JSON object, got {type(content).__name__}.")
     channels, ending = _channels(root, content), _file_ending(root, content)
     labels, label_grid = _labels(root, content), _label_grid(root, content)
+    labelled = bool(labels.names)
+    if not labelled:
+        _check_no_labels(root)
     if content.get("dataset") is not None:
-        cases, problems, stray = _explicit_cases(root, content["dataset"])
+        cases, problems, stray = _explicit_cases(root, content["dataset"], labelled=labelled)
     else:
-        cases, problems, stray = _folder_cases(root, (TRAINING_IMAGES, TRAINING_LABELS), len(channels), ending)
+        folders = (TRAINING_IMAGES, TRAINING_LABELS)
+        cases, problems, stray = _folder_cases(root, folders, len(channels), ending, label_needed=labelled)
     if not cases and not problems:
+        label_files = f" and {TRAINING_LABELS}/CASE{ending}" if labelled else ""
         raise DatasetError(
-            f"{root}: no training case found; expected files such as {TRAINING_IMAGES}/CASE_0000{ending} and "
-            f"{TRAINING_LABELS}/CASE{ending}."
+            f"{root}: no training case found; expected files such as {TRAINING_IMAGES}/CASE_0000{ending}{label_files}."
         )
     cases, unusable = _without_problems(cases, problems, len(channels), ending)
     tests: list[Case] = []
@@ -200,6 +205,17 @@ def _labels(root: Path, content: Mapping[str, Any]) -> Labels:
         raise DatasetError(f"{root / DATASET_JSON}: {str(error).removeprefix('dataset.json: ')}") from error
 
 
+def _check_no_labels(root: Path) -> None:
+    """Refuse files of labels of which nobody says what they mean. Raises DatasetError."""
+    for folder in (TRAINING_LABELS, TEST_LABELS):
+        names = _names(root / folder)
+        if names:
+            raise DatasetError(
+                f'{root / DATASET_JSON}: "labels" names no structure, but {folder} holds {names[0]} (1 of {len(names)} '
+                "files); name the structures, or take the folder away to train super-resolution of images alone."
+            )
+
+
 def _label_grid(root: Path, content: Mapping[str, Any]) -> str:
     which = content.get("label_grid", LABEL_GRIDS[0])
     if which not in LABEL_GRIDS:
@@ -217,6 +233,11 @@ def _folder_cases(
     images, labels = root / folders[0], root / folders[1]
     if not images.is_dir():
         raise DatasetError(f"{images}: there is no such folder; it must hold the images, CASE_0000{ending}.")
+    if label_needed and not labels.is_dir():
+        raise DatasetError(
+            f"{labels}: there is no such folder; it must hold the labels, CASE{ending}. For super-resolution of images "
+            f'alone write "labels": {{}} in {DATASET_JSON}.'
+        )
     found, stray = _channel_files(images, ending)
     label_files = {name.removesuffix(ending): labels / name for name in _names(labels) if name.endswith(ending)}
     cases, problems = [], {}
@@ -269,7 +290,9 @@ def _channels_of(
     return problems, tuple(files[number] for number in sorted(files))
 
 
-def _explicit_cases(root: Path, listed: Any) -> tuple[list[Case], dict[str, list[str]], tuple[Path, ...]]:
+def _explicit_cases(
+    root: Path, listed: Any, *, labelled: bool
+) -> tuple[list[Case], dict[str, list[str]], tuple[Path, ...]]:
     """Cases from the lists of `dataset.json`; their paths are relative to the dataset folder."""
     where = root / DATASET_JSON
     if not isinstance(listed, Mapping):
@@ -284,16 +307,20 @@ def _explicit_cases(root: Path, listed: Any) -> tuple[list[Case], dict[str, list
             )
         images = entry.get("images") if isinstance(entry, Mapping) else None
         label = entry.get("label") if isinstance(entry, Mapping) else None
-        if not isinstance(images, list) or not images or not all(isinstance(i, str) for i in [*images, label]):
+        paths = [*images, *([label] if labelled else [])] if isinstance(images, list) and images else []
+        if not paths or not all(isinstance(path, str) for path in paths):
+            expected = '"images": [one path for each channel]' + (', "label": path' if labelled else "")
+            raise DatasetError(f"{where}: case {identifier} must be {{{expected}}}, got {entry!r}.")
+        if not labelled and label is not None:
             raise DatasetError(
-                f'{where}: case {identifier} must be {{"images": [one path for each channel], "label": path}}, '
-                f"got {entry!r}."
+                f'{where}: case {identifier} has a label, but "labels" names no structure; name the structures, or '
+                "leave the label out to train super-resolution of images alone."
             )
-        case = Case(str(identifier), tuple(root / image for image in images), root / str(label))
-        lacking = [f"{path} is missing" for path in (*case.images, root / str(label)) if not path.exists()]
+        files = [root / path for path in paths]
+        lacking = [f"{path} is missing" for path in files if not path.exists()]
         if lacking:
-            problems[case.identifier] = lacking
-        cases.append(case)
+            problems[str(identifier)] = lacking
+        cases.append(Case(str(identifier), tuple(files[: len(images)]), files[-1] if labelled else None))
     return cases, problems, ()
 
 

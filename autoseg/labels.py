@@ -22,7 +22,7 @@ class Labels:
     """The foreground structures of a dataset, in the order of the network's foreground outputs."""
 
     names: tuple[str, ...]
-    """Foreground names, without background and ignore."""
+    """Foreground names, without background and ignore; empty where a dataset has images alone."""
     values: tuple[tuple[int, ...], ...]
     """For each name the label values it covers: one for a class, several for a region."""
     region_order: tuple[int, ...] = ()
@@ -59,12 +59,16 @@ class Labels:
     def from_json(cls, labels: Any, region_order: Any = None) -> Labels:
         """Read `labels` and `regions_class_order` as they stand in nnU-Net's dataset.json.
 
-        `{"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}`. Raises DatasetError.
+        `{"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}`; `{}` or the background alone: there are no labels.
+        Raises DatasetError.
         """
-        if not isinstance(labels, Mapping) or not labels:
+        if not isinstance(labels, Mapping):
             raise DatasetError(
-                'dataset.json: "labels" must be an object of name: integer, such as {"background": 0, "liver": 1}.'
+                'dataset.json: "labels" must be an object of name: integer, such as {"background": 0, "liver": 1}, or '
+                "{} where there are none."
             )
+        if not labels:
+            return cls((), ())
         if labels.get("0") == BACKGROUND:
             raise DatasetError(
                 'dataset.json: "labels" has the older form {"0": "background"}; turn it round: {"background": 0}.'
@@ -83,6 +87,8 @@ class Labels:
         if ignore is not None and len(ignore) != 1:
             raise DatasetError(f'dataset.json: label "ignore" must be one integer, got {list(ignore)}.')
         names = tuple(name for name in values if name not in (BACKGROUND, IGNORE))
+        if not names and ignore is None:
+            return cls((), ())
         if not names:
             raise DatasetError('dataset.json: "labels" has no foreground class; name at least one beside "background".')
         groups = tuple(values[name] for name in names)

@@ -385,6 +385,11 @@ def _network_problem(c: Configuration, plan: Plan) -> str | None:
         return f"batch_size must be at least 1, got {c.batch_size}"
     if c.batch_size * math.prod(c.patch_size) > MOST_VOXELS:
         return f"batch_size {c.batch_size} with patch_size {list(c.patch_size)} is more than {MOST_VOXELS} voxels"
+    if not plan.labels.names and (a.output_channels or not a.image_channels):
+        return (
+            "a dataset without labels needs output_channels of 0 and image_channels above 0, got "
+            f"{a.output_channels} and {a.image_channels}"
+        )
     labelled = (0, plan.labels.output_channels) if a.image_channels else (plan.labels.output_channels,)
     if a.output_channels not in labelled:
         return f"output_channels must be {plan.labels.output_channels} for these labels, got {a.output_channels}"

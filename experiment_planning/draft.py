@@ -17,6 +17,7 @@ from autoseg.experiment_planning.superresolution import (
     SuperResolution,
     choose_super_resolution,
     expected_spacing,
+    task_of,
 )
 from autoseg.plan import Configuration
 
@@ -65,8 +66,14 @@ def draft_plan(
     resolution = None
     if configurations is None or named or asked.anything:
         resolution = choose_super_resolution(fingerprint, grid, asked, named=named, ceiling=ceiling, notes=notes)
+    if resolution is None and not fingerprint.labels.names:
+        raise PlanError(
+            f"{fingerprint.dataset} has no labels, so only super-resolution can be planned, and nothing asks for it "
+            f"({notes.reason('super_resolution').removesuffix('.')}); give --input-spacing, --output-spacing or "
+            "--sr-scale."
+        )
     wanted = choose_configurations(fingerprint, grid, configurations, resolution, asked, notes)
-    return Draft(fingerprint, grid, wanted, resolution, asked.task)
+    return Draft(fingerprint, grid, wanted, resolution, task_of(fingerprint, asked))
 
 
 def check_names(fingerprint: Fingerprint, configurations: Sequence[str] | None) -> None:
@@ -78,6 +85,11 @@ def check_names(fingerprint: Fingerprint, configurations: Sequence[str] | None) 
     for name in configurations:
         if name not in CONFIGURATIONS:
             raise PlanError(unknown_choice("Configuration", name, CONFIGURATIONS))
+        if not fingerprint.labels.names and name not in SUPER_RESOLVED_FORMS:
+            raise PlanError(
+                f"Configuration {name} answers with labels alone, and {fingerprint.dataset} has none; plan "
+                f"{' or '.join(SUPER_RESOLVED_FORMS)} instead."
+            )
         if fingerprint.dimensions == 2 and name not in ("2d", "2d_sr"):
             raise PlanError(
                 f"Configuration {name} needs volumes; the images of {fingerprint.dataset} are 2D, plan '2d' instead."
@@ -102,14 +114,19 @@ def choose_configurations(
         wanted, because = _by_the_rules(fingerprint, grid)
         if resolution is not None:
             planned = resolution.names(fingerprint.dimensions)
-            thick_in_use = asked.anything and resolution.source == "degraded"
-            wanted = planned if thick_in_use else (*wanted, *planned)
-            because = (
-                "images in use are coarser than the dataset's: networks that need its fine images could not be used."
-                if thick_in_use
-                else because.removesuffix(".") + "; and super-resolution, for which there is a reason of its own."
-            )
-        rest = [name for name in CONFIGURATIONS if name not in wanted]
+            if not fingerprint.labels.names:
+                wanted, because = planned, "the dataset has no labels: images are super-resolved, nothing else."
+            elif asked.anything and resolution.source == "degraded":
+                wanted = planned
+                because = (
+                    "images in use are coarser than the dataset's: networks that need its fine images could not be "
+                    "used."
+                )
+            else:
+                wanted = (*wanted, *planned)
+                because = because.removesuffix(".") + "; and super-resolution, for which there is a reason of its own."
+        possible = CONFIGURATIONS if fingerprint.labels.names else tuple(SUPER_RESOLVED_FORMS)
+        rest = [name for name in possible if name not in wanted]
         notes.add("configurations.on_request", rest, "planned where a rule asks for them, or with --configurations.")
     notes.add("configurations", wanted, because)
     return wanted

@@ -39,7 +39,7 @@ def _heading(plan: Plan) -> str:
     facts = [
         ("dataset", plan.dataset),
         ("channels", ", ".join(plan.channels)),
-        ("labels", ", ".join(plan.labels.names)),
+        ("labels", ", ".join(plan.labels.names) or "none"),
         ("budget", f"{format_bytes(budget.gpu_memory_bytes)}, {time} a fold, on {budget.device}"),
         ("plan", f"{plan.id}, from fingerprint {plan.fingerprint}"),
     ]

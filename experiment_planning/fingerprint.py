@@ -119,7 +119,7 @@ class Fingerprint:
     cropped_share: float
     """Median share of a case's voxels that cropping to nonzero removes."""
     intensities: tuple[IntensityStatistics, ...]
-    """Foreground intensities of each channel."""
+    """Foreground intensities of each channel; without labels those above each image's lowest value."""
     classes: tuple[ClassFingerprint, ...]
     """In the order of `Labels.names`."""
     mirrored_pairs: tuple[MirroredPair, ...]
@@ -165,7 +165,7 @@ def extract_fingerprint(dataset: RawDataset, *, workers: int, drop_cases: Collec
     if not cases:
         raise DatasetError(f"{dataset.root}: there is no training case to plan from.")
     quota = min(CASE_SAMPLES, TOTAL_SAMPLES // len(cases))
-    class_quota = max(10, min(CLASS_SAMPLES, TOTAL_SAMPLES // (len(cases) * len(dataset.labels.names))))
+    class_quota = max(10, min(CLASS_SAMPLES, TOTAL_SAMPLES // (len(cases) * max(1, len(dataset.labels.names)))))
     measure = partial(measure_case, dataset=dataset, quota=quota, class_quota=class_quota)
     found = _all_or_refuse(dataset, cases, measure, workers=workers)
     return summarize(dataset, found, dropped=tuple(sorted(drop_cases)))
@@ -178,7 +178,7 @@ class CaseMeasurement:
     case: CaseFingerprint
     dimensions: int
     foreground: NDArray[np.float32]
-    """(C, N) intensities drawn from the foreground; N = 0 where there is none."""
+    """(C, N) intensities drawn from the foreground, without labels from what is not padding; N = 0 without any."""
     classes: Mapping[str, NDArray[np.float32]]
     """(C, N) intensities drawn from each structure that the case shows."""
 
@@ -186,14 +186,21 @@ class CaseMeasurement:
 def measure_case(case: Case, *, dataset: RawDataset, quota: int, class_quota: int) -> CaseMeasurement:
     """Read one case and measure it. Raises DatasetError naming the case."""
     image, label = read_case(case, dataset)
-    if label is None:
+    if label is None and dataset.labels.names:
         raise DatasetError(f"Case {case.identifier}: a training case needs a label, none is there.")
     permutation, flips = canonical_axes(image.grid.direction)
-    pixels, mask = turn_array(image.array, permutation, flips), turn_array(label.array, permutation, flips)
-    before, labelled = pixels.shape[1:], mask.shape[1:]
-    mask = _on_grid(mask, before)
-    box = nonzero_box(pixels)
-    pixels, mask = pixels[(slice(None), *box)], mask[(slice(None), *box)][0]
+    pixels = turn_array(image.array, permutation, flips)
+    before, box = pixels.shape[1:], nonzero_box(pixels)
+    pixels = pixels[(slice(None), *box)]
+    if label is None:
+        labelled = before
+        mask = np.zeros(pixels.shape[1:], np.int16)
+        counted = above_padding(pixels)
+    else:
+        whole = turn_array(label.array, permutation, flips)
+        labelled = whole.shape[1:]
+        mask = _on_grid(whole, before)[(slice(None), *box)][0]
+        counted = np.isin(mask, dataset.labels.foreground_values)
     spacing = tuple(float(image.grid.spacing[axis]) for axis in permutation)
     random = np.random.default_rng(INTENSITY_SEED)
     structures = [_structure(pixels, mask, dataset.labels, name, class_quota, random) for name in dataset.labels.names]
@@ -213,11 +220,22 @@ def measure_case(case: Case, *, dataset: RawDataset, quota: int, class_quota: in
             label_scale=_ratio(labelled, before),
         ),
         dimensions=2 if min(before) == 1 else 3,
-        foreground=_draw(pixels, np.isin(mask, dataset.labels.foreground_values), quota, random),
+        foreground=_draw(pixels, counted, quota, random),
         classes={
             name: s.sample for name, s in zip(dataset.labels.names, structures, strict=True) if s.sample is not None
         },
     )
+
+
+def above_padding(pixels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where some channel of an image (C, Z, Y, X) is above its lowest value: (Z, Y, X).
+
+    The lowest value is what a scanner or a skull-stripper fills the outside with; without labels nothing more is known
+    of the background.
+    """
+    lowest = pixels.min(axis=(1, 2, 3), keepdims=True)
+    found: NDArray[np.bool_] = (pixels > lowest).any(axis=0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -296,8 +314,10 @@ def summarize(
     """The fingerprint of all cases from what was measured in each."""
     cases = tuple(m.case for m in measurements)
     foreground = np.concatenate([m.foreground for m in measurements], axis=1)
-    if foreground.shape[1] == 0:
+    if foreground.shape[1] == 0 and dataset.labels.names:
         require_foreground(dataset, annotated=())
+    if foreground.shape[1] == 0:
+        raise DatasetError(f"{dataset.root}: every image has the same value everywhere; there is nothing to learn.")
     spacing = np.median([case.spacing for case in cases], axis=0)
     dimensions = max(m.dimensions for m in measurements)
     shape = np.median([case.shape for case in cases], axis=0)

@@ -111,6 +111,13 @@ def target_spacing(spacings: Sequence[Vector], shapes: Sequence[Shape], *, dimen
 
 def choose_normalization(fingerprint: Fingerprint, notes: Notes) -> tuple[Normalization, ...]:
     """One scheme for each channel, chosen by the channel's name as nnU-Net does."""
+    if not fingerprint.labels.names:
+        notes.add(
+            "intensities",
+            "above the lowest value",
+            "the dataset has no labels: statistics of intensities are taken from the voxels above each image's lowest "
+            "value, which fills what lies outside.",
+        )
     chosen = []
     names = {name.lower() for name in fingerprint.channels}
     colours = fingerprint.dimensions == 2 and len(names) == 3 and names <= COLOURS
@@ -138,8 +145,9 @@ def choose_normalization(fingerprint: Fingerprint, notes: Notes) -> tuple[Normal
                 scheme, statistics.mean, statistics.std, statistics.percentile_00_5, statistics.percentile_99_5
             )
             because = (
-                f"the channel is named '{name}', so a value means the same in every case: clipped to the foreground's "
-                f"percentiles [{entry.lower:g}, {entry.upper:g}], mean {entry.mean:.4g} and deviation {entry.std:.4g}."
+                f"the channel is named '{name}', so a value means the same in every case: clipped to the "
+                f"{'foreground' if fingerprint.labels.names else 'image'}'s percentiles [{entry.lower:g}, "
+                f"{entry.upper:g}], mean {entry.mean:.4g} and deviation {entry.std:.4g}."
             )
         else:
             entry = Normalization(scheme)
@@ -160,6 +168,8 @@ def choose_mirroring(fingerprint: Fingerprint, order: Shape, notes: Notes) -> tu
         )
     else:
         because = "no labels are a left/right pair: mirroring changes none of them."
+        if not fingerprint.labels.names:
+            because = "the dataset has no labels: no structure can be mistaken for its mirror image."
     notes.add("mirror_axes", axes, because)
     return axes
 

@@ -18,6 +18,10 @@ class Notes:
         """Write down a decision; a later one of the same name takes its place."""
         self._taken[name] = Decision(name, to_json(value), kind, because)
 
+    def reason(self, name: str) -> str:
+        """Why the decision `name` was taken."""
+        return self._taken[name].because
+
     def without(self, configurations: Collection[str]) -> tuple[Decision, ...]:
         """All but those that concern one of `configurations`, which were tried and not planned."""
         prefixes = tuple(f"{name}." for name in configurations)

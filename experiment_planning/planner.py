@@ -48,6 +48,7 @@ from autoseg.plan import (
     TrainingSettings,
     Vector,
 )
+from autoseg.preprocessing.degradation import INTERPOLATED, TOO_THICK
 from autoseg.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -260,13 +261,34 @@ class Planner:
         self.notes.add(
             f"{name}.answers",
             answers,
-            "the task that was asked for, by default both."
+            "the dataset has no labels."
+            if not self.fingerprint.labels.names
+            else "the task that was asked for, by default both."
             if form.resolution.source != "paired"
             else "labels are finer than the images, so there is no truth for an image.",
         )
         if form.resolution.acquisition is not None:
             because = why_acquisition(form.resolution.acquisition, self.fingerprint.channels)
             self.notes.add(f"{name}.acquisition", form.resolution.acquisition, because)
+        thick = self._thick_cases(form.resolution)
+        if thick:
+            cases = len(self.grid.spacings)
+            self.notes.add(
+                f"{name}.training_cases",
+                cases - thick,
+                f"{thick} of {cases} cases were acquired more than {TOO_THICK:g} times as coarse as the answer and "
+                "show nothing of what is missing: they are scored where they are held out, and not trained on.",
+            )
+
+    def _thick_cases(self, resolution: SuperResolution) -> int:
+        """How many cases `degradation.is_thick` will leave out."""
+        model, output = resolution.acquisition, resolution.output_spacing
+        if resolution.source != "degraded" or model is None or model.profile == INTERPOLATED:
+            return 0
+        return sum(
+            any(s > 1 and a > TOO_THICK * f for s, a, f in zip(resolution.scale, spacing, output, strict=True))
+            for spacing in self.grid.spacings
+        )
 
     def plan_volumes(self, wanted: Sequence[str], *, asked: bool) -> dict[str, Configuration]:
         """`3d_fullres` and, where the patch sees too little, the low resolution, its cascade and the three views."""
@@ -434,7 +456,7 @@ class Planner:
         channels = len(self.fingerprint.channels)
         spacing = configuration.preprocessing.spacing
         voxels = sum(math.prod(self.grid.shape_on(i, spacing)) for i in range(len(self.grid.shapes)))
-        finer = math.prod(configuration.preprocessing.label_scale)
+        finer = math.prod(configuration.preprocessing.label_scale) if self.fingerprint.labels.names else 0
         seconds = self._seconds_per_step(configuration)
         fold = self.machine.budget.fold_seconds or seconds * GPU_FOLD_STEPS
         self.notes.add(

@@ -30,7 +30,8 @@ from autoseg.metrics import dice
 from autoseg.plan import LARGEST_SCALE, Acquisition, PreprocessingSettings, Vector, to_json
 
 NAMES = ("3d_sr", "3d_sr_any", "2d_sr", "2.5d_stack_sr")
-TASKS = ("joint", "segmentation", "super_resolution")
+IMAGES_ALONE = "super_resolution"
+TASKS = ("joint", "segmentation", IMAGES_ALONE)
 
 SNAP = 0.05  # a scale so close to a whole number, relative to it, takes that
 SMALLEST_SCALE = 1.3  # below it interpolation loses nothing that a network could give back
@@ -123,7 +124,7 @@ class SuperResolution:
     @property
     def segments(self) -> bool:
         """Whether labels are answered."""
-        return self.task != "super_resolution"
+        return self.task != IMAGES_ALONE
 
     @property
     def restores_images(self) -> bool:
@@ -141,6 +142,15 @@ class SuperResolution:
         return ("3d_sr_any",) if self.spread else ("3d_sr",)
 
 
+def task_of(fingerprint: Fingerprint, asked: Asked) -> str:
+    """What super-resolution answers: what was asked for, images alone where there are no labels. Raises PlanError."""
+    if fingerprint.labels.names:
+        return asked.task
+    if asked.task == "segmentation":
+        raise PlanError(f"--task segmentation needs labels, {fingerprint.dataset} has none; leave it out.")
+    return IMAGES_ALONE
+
+
 def choose_super_resolution(
     fingerprint: Fingerprint,
     grid: GridRules,
@@ -156,7 +166,8 @@ def choose_super_resolution(
     Raises PlanError where what was asked for cannot be.
     """
     asked.check()
-    question = _Question(fingerprint, grid, asked.task, named, ceiling)
+    ceiling = ceiling if fingerprint.labels.names else None
+    question = _Question(fingerprint, grid, task_of(fingerprint, asked), named, ceiling)
     if asked.anything:
         notes.add("super_resolution.asked", to_json(asked), "given on the command line.", kind="fixed")
         found: _Answer = _from_the_user(question, asked)
@@ -296,6 +307,8 @@ def _with_source(question: _Question, resolution: SuperResolution, because: str)
 def _from_finer_labels(question: _Question) -> _Answer:
     """Paired data: the median case's label is finer than its image."""
     scale = _label_scale(question)
+    if not question.fingerprint.labels.names:
+        return "there are no labels"
     if max(scale) == 1:
         return "labels lie on the images' grid"
     if max(scale) > LARGEST_SCALE:
@@ -346,6 +359,9 @@ def _from_the_plane(question: _Question) -> _Answer:
     if scale > question.limit:
         beyond = "beyond the limit" if question.named else "automatic up to"
         return f"slices are {scale:.1f} times as thick as pixels, {beyond} {question.limit:g}"
+    thick = f"all slices are {ratio:.1f} times as thick as pixels"
+    if not question.fingerprint.labels.names:
+        return _self_supervised(question, scale, pixel), f"{thick}, and there are no labels to lose by it: images alone"
     measured = [question.measure(_along(axis, scale)) for axis in (1, 2)]
     known = [c for c in measured if c is not None and not math.isnan(c)]
     if not known and not question.named:
@@ -354,7 +370,7 @@ def _from_the_plane(question: _Question) -> _Answer:
     kept = f"labels made as coarse in the plane keep a Dice of {c:.3f}" if known else "asked for by name"
     if known and c >= PAYS_BELOW and not question.named:
         return f"{kept}, from {PAYS_BELOW:g} on there is little to give back"
-    because = f"all slices are {ratio:.1f} times as thick as pixels; {kept} (it pays below {PAYS_BELOW:g})"
+    because = f"{thick}; {kept} (it pays below {PAYS_BELOW:g})"
     return _self_supervised(question, scale, pixel), because
 
 

@@ -306,7 +306,7 @@ def _listing_problems(listing: Listing) -> Iterator[Problem]:
 
 def _foreground_problems(dataset: RawDataset, findings: Sequence[Finding]) -> Iterator[Problem]:
     readable = [finding for finding in findings if finding.readable]
-    if not readable:
+    if not readable or not dataset.labels.names:
         return
     occurring = {value for finding in readable for value in finding.values}
     if not occurring & set(dataset.labels.foreground_values):
@@ -455,7 +455,7 @@ def _write_copy(root: Path, out: Path, repaired: set[str], *, workers: int) -> N
     copy = partial(copy_case, dataset=dataset, out=unfinished, repaired=frozenset(repaired))
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        for folder in {folder for job in jobs for folder in (job.images, job.labels)}:
+        for folder in {folder for job in jobs for folder in job.folders}:
             (unfinished / folder).mkdir(parents=True)
         names = [job.case.identifier for job in jobs]
         for _, result in map_cases(copy, jobs, workers=workers, names=names):
@@ -476,6 +476,11 @@ class CopyJob:
     case: Case
     images: str
     labels: str
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Those that files of this case go to."""
+        return (self.images, self.labels) if self.case.label is not None else (self.images,)
 
 
 def copy_case(job: CopyJob, *, dataset: RawDataset, out: Path, repaired: frozenset[str]) -> None:

@@ -1,8 +1,9 @@
 """A configuration and the grid of an image -> the grid that its network reads, and the one that it answers on.
 
 Along axes on which a network does not super-resolve both are the same. A fixed scale refines the image's own grid by
-that scale. An any-scale network reads slices as far apart as they are and is asked for the spacing that was planned,
-or for any other that its range of scales allows.
+that scale; the grid of an image that is much finer than planned is refined less, to the spacing that was planned. An
+any-scale network reads slices as far apart as they are and is asked for the spacing that was planned, or for any other
+that its range of scales allows.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from autoseg.errors import PredictionError
 from autoseg.image import Image, Triple
 from autoseg.inference.grids import grid_between
 from autoseg.plan import Configuration, PreprocessingSettings, Vector
-from autoseg.preprocessing.case import CaseGeometry, find_geometry, fine_geometry
+from autoseg.preprocessing.case import WHOLE, CaseGeometry, find_geometry, fine_geometry
 from autoseg.preprocessing.framed import turned, turned_back
 
 SAME_SPACING = 0.01  # as a share: a spacing this close to another is meant to be the same
+THINNER = 1.3  # times as fine as planned: up to it a fixed scale splits every slice into equally many
 AXES = "zyx"
 
 
@@ -56,9 +58,14 @@ def output_geometry(
     if output_spacing is not None:
         require_any_scale(configuration)
         return _asked_geometry(configuration, geometry, output_spacing)
-    if configuration.sr_range is not None:
-        return _planned_geometry(configuration, geometry, configuration.sr_range[1])
-    return fine_geometry(geometry, planned_scale(configuration)) if configuration.super_resolves else geometry
+    if not configuration.super_resolves:
+        return geometry
+    factor = _planned_factor(configuration, geometry)
+    if configuration.sr_range is None:
+        return _fixed_geometry(geometry, factor, planned_scale(configuration))
+    # the network is asked for no more than it can; the way to the file's grid interpolates what is missing
+    limits = [math.floor(size * configuration.sr_range[1]) for size in geometry.network_shape]
+    return _refined(configuration, geometry, factor, limits)
 
 
 def require_any_scale(configuration: Configuration) -> None:
@@ -71,16 +78,32 @@ def require_any_scale(configuration: Configuration) -> None:
         )
 
 
-def _planned_geometry(configuration: Configuration, geometry: CaseGeometry, most: float) -> CaseGeometry:
-    """The image's grid refined to the planned spacing; where it is finer itself, it is left as it is."""
-    scale, planned = planned_scale(configuration), configuration.input_preprocessing.spacing
-    factor = [
-        s if s == 1 or spacing is None else max(1.0, own * s / spacing)
-        for s, spacing, own in zip(scale, planned, geometry.turned.spacing, strict=True)
-    ]
-    # the network is asked for no more than it can; the way to the file's grid interpolates what is missing
-    limits = [math.floor(size * most) for size in geometry.network_shape]
-    return _refined(configuration, geometry, (factor[0], factor[1], factor[2]), limits)
+def _planned_factor(configuration: Configuration, geometry: CaseGeometry) -> Vector:
+    """How often the image's grid is refined to the planned spacing, once where it is finer itself.
+
+    A fixed scale stays as it is for images that are coarser than planned, or hardly finer (THINNER).
+    """
+    most = math.inf if configuration.sr_range is not None else 1 / THINNER
+    factor = []
+    planned = configuration.input_preprocessing.spacing
+    for scale, spacing, own in zip(planned_scale(configuration), planned, geometry.turned.spacing, strict=True):
+        if scale == 1 or spacing is None or own >= most * spacing:
+            factor.append(scale)
+        else:
+            factor.append(max(1.0, own * scale / spacing))
+    return factor[0], factor[1], factor[2]
+
+
+def _fixed_geometry(geometry: CaseGeometry, factor: Vector, scale: Vector) -> CaseGeometry:
+    """The grid refined by `factor`; the network answers at its own `scale`, whatever that is."""
+    fine = fine_geometry(geometry, factor)
+    shape = list(fine.network_shape)
+    for axis, (f, s) in enumerate(zip(factor, scale, strict=True)):
+        if f != s:
+            (start, stop), (first, last) = geometry.crop[axis], fine.crop[axis]
+            voxels = (last - first) / (f * (stop - start)) * geometry.network_shape[axis] * s
+            shape[axis] = max(1, math.floor(voxels + WHOLE))
+    return replace(fine, network_shape=(shape[0], shape[1], shape[2]))
 
 
 def _asked_geometry(configuration: Configuration, geometry: CaseGeometry, output_spacing: Triple) -> CaseGeometry:

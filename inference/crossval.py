@@ -36,6 +36,7 @@ from autoseg.inference.grids import bring_logits
 from autoseg.inference.held_out import HeldOutCase, held_out_case
 from autoseg.inference.pictures import best_median_worst, draw_case
 from autoseg.inference.predictor import Model, NetworkAnswer, PredictionSettings, load_model, predict_network_grid
+from autoseg.labels import Labels
 from autoseg.plan import Plan
 from autoseg.preprocessing.resample import resample_image
 from autoseg.preprocessing.store import Store
@@ -53,6 +54,8 @@ TRAINING_SCORES = (
     "These are training scores: fold 'all' holds no case out, so the model was trained on every case it is scored on; "
     "expect less on new images."
 )
+NOTHING_KNOWN = "No fine image of the held-out cases is known, so nothing can be scored: look at the predictions."
+NO_LABELS = Labels((), ())
 
 
 def validate_fold(
@@ -95,9 +98,10 @@ def validate_fold(
         for case in chosen
         if labelled and case.identifier not in failed and case.label is not None
     ]
-    note = TRAINING_SCORES if fold == ALL else ""
-    evaluation = evaluate_pairs(pairs, labels=plan.labels, workers=workers, note=note)
     images = _image_scores(validation / IMAGES, [case.identifier for case in chosen if case.identifier not in failed])
+    note = TRAINING_SCORES if fold == ALL else "" if labelled or images else NOTHING_KNOWN
+    labels = plan.labels if labelled else NO_LABELS
+    evaluation = evaluate_pairs(pairs, labels=labels, workers=workers, note=note)
     evaluation = replace(evaluation, failed={**evaluation.failed, **failed}, images=images)
     evaluation.save(validation / SUMMARY)
     if pictures and labelled:

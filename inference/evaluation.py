@@ -146,6 +146,8 @@ class Evaluation:
         rows = [(name, self.by_class[name]) for name in self.classes]
         if len(rows) > 1:
             rows.append(("mean", self.mean))
+        if not rows and not self.images and self.note:
+            return self.note
         tables = [_table(rows, self.tolerance_mm)] if rows or not self.images else []
         return "\n\n".join([*tables, *([_image_table(self.image_mean)] if self.images else [])])
 
@@ -174,6 +176,10 @@ def evaluate_folders(
     """
     predictions, references = Path(predictions), Path(references)
     labels = labels or find_labels(references, predictions)
+    if labels is not None and not labels.names:
+        raise PredictionError(
+            f"{references}: {DATASET_JSON} names no structure to score; compare images, with `--images`."
+        )
     expected, given = _label_files(references, "references"), _label_files(predictions, "predictions")
     if references.is_file() and predictions.is_file():
         case = next(iter(expected))

@@ -18,7 +18,7 @@ from autoseg.labels import Labels
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Configuration
 from autoseg.preprocessing.case import CaseGeometry, fine_geometry
-from autoseg.preprocessing.degradation import centre, degrade_entry, masked_channels
+from autoseg.preprocessing.degradation import centre, degrade_entry, is_thick, masked_channels
 from autoseg.preprocessing.framed import turned_back
 from autoseg.preprocessing.store import StoreEntry
 
@@ -69,7 +69,7 @@ def _paired(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:
 
 
 def _thickened(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:
-    """Thick slices made of the stored fine image, which is the truth."""
+    """Thick slices made of the stored fine image, which is the truth; or those that were acquired, without one."""
     degraded = degrade_entry(entry, configuration)
     frame = configuration.frames(training=False)[0]
     image = degraded.image.transpose(0, *(frame.index(axis) + 1 for axis in range(3)))
@@ -79,7 +79,7 @@ def _thickened(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:
     fine = zip(_stored_image(entry), masked_channels(configuration), *degraded.moments, strict=True)
     truth = np.stack([centre(channel, mean, masked=masked) / np.float32(std) for channel, masked, mean, std in fine])
     scored = entry.label_geometry or entry.geometry
-    known = truth[: configuration.architecture.image_channels]
+    known = None if is_thick(entry, configuration) else truth[: configuration.architecture.image_channels]
     return HeldOutCase(np.ascontiguousarray(image), scored, scored, grid, known)
 
 

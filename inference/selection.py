@@ -91,10 +91,10 @@ class Selection:
     plan: str
     """Id of the plan."""
     chosen: Chosen
-    calibration_error: tuple[float, float]
-    """Expected calibration error (ECE) before and after."""
+    calibration_error: tuple[float, float] | None
+    """Expected calibration error (ECE) before and after; None where images alone are answered."""
     scores: tuple[Score, ...]
-    """Of every candidate, the best first."""
+    """Of every candidate, the best first; empty where images alone are answered."""
     decisions: tuple[Decision, ...]
     cases: int = 0
     """Held-out cases behind the scores."""
@@ -102,7 +102,7 @@ class Selection:
 
     @property
     def score(self) -> Score:
-        """Of what was chosen."""
+        """Of what was chosen; of a model that predicts labels."""
         chosen = Candidate(self.chosen.members, self.chosen.weights)
         return next(score for score in self.scores if score.candidate == chosen)
 

@@ -8,8 +8,8 @@ torch is imported by what needs it, so that this module costs workers that only 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +35,8 @@ MOMENT_DIGITS = 6  # significant: the same whatever number of threads took the s
 SCALE_STEP = 0.125  # any-scale networks: moments are taken at multiples of it, which differ by less than 1 %
 KNOWN_MOMENTS = 65536  # that a process remembers
 MASKED = "masked_zscore"
+INTERPOLATED = "dirac"  # the profile of inputs that imitate no scanner
+TOO_THICK = 1.3  # times as thick as the store's slices: as interpolation loses nothing below it (see the planner)
 
 
 class Moments(NamedTuple):
@@ -60,14 +62,16 @@ class DegradedImage(NamedTuple):
 def degrade_entry(entry: StoreEntry, configuration: Configuration) -> DegradedImage:
     """The whole image of a case at the configuration's `sr_scale`, in its prediction frame.
 
-    Without noise, with the middle of the thicknesses. Raises StorageError; PlanError where an axis is thinner than a
-    slice.
+    Without noise, with the middle of the thicknesses; what was acquired as thick slices is only brought to their grid.
+    Raises StorageError; PlanError where an axis is thinner than a slice.
     """
     import torch
 
     from autoseg.networks.upsampling import OutputGrid
 
     frame = configuration.frames(training=False)[0]
+    if is_thick(entry, configuration):
+        configuration = replace(configuration, acquisition=Acquisition(INTERPOLATED))
     scale, acquisition = configuration.sr_scale, _acquisition(configuration)
     moments = input_moments(entry, configuration, scale)
     fine = FramedEntry(entry, frame).read("image").astype(np.float32, copy=False)
@@ -79,6 +83,29 @@ def degrade_entry(entry: StoreEntry, configuration: Configuration) -> DegradedIm
     start = [-offset(size, factor) if factor != 1 else 0.0 for size, factor in zip((z, y, x), scale, strict=True)]
     grid = OutputGrid((z, y, x), scale, (start[0], start[1], start[2]))
     return DegradedImage(np.stack(channels), grid, moments)
+
+
+def is_thick(entry: StoreEntry, configuration: Configuration) -> bool:
+    """Whether a case was acquired too coarse to show what thick slices lack, and was only interpolated to the store.
+
+    Asked where slices of a scanner are imitated; inputs that are merely interpolated have no such truth (`dirac`).
+    """
+    if configuration.sr_source != "degraded" or _acquisition(configuration).profile == INTERPOLATED:
+        return False
+    scale = turned_back(configuration.sr_scale, configuration.frames(training=False)[0])
+    stored, acquired = entry.geometry.network.spacing, entry.geometry.cropped.spacing
+    return any(s > 1 and a > TOO_THICK * f for s, a, f in zip(scale, acquired, stored, strict=True))
+
+
+def fine_cases(store: Store, cases: Sequence[str], configuration: Configuration) -> list[str]:
+    """Those of `cases` that a network may be trained on: not the thick ones. Raises PlanError where none is left."""
+    kept = [case for case in cases if not is_thick(store.entry(case), configuration)]
+    if cases and not kept:
+        raise PlanError(
+            f"Configuration {configuration.name} learns from slices as thin as its answer; each of the {len(cases)} "
+            f"cases to train on ({', '.join(cases[:5])}) was acquired more than {TOO_THICK:g} times as coarse."
+        )
+    return kept
 
 
 def centre(channel: Any, mean: float, *, masked: bool) -> Any:

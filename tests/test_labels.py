@@ -48,6 +48,13 @@ def test_labels_survive_json(content: Any, order: Any) -> None:
     assert Labels.from_json(written["labels"], written.get("regions_class_order")) == labels
 
 
+@pytest.mark.parametrize("content", [{}, {"background": 0}])
+def test_a_dataset_may_have_no_labels(content: Any) -> None:
+    labels = Labels.from_json(content)
+    assert labels == Labels((), ()) and labels.known_values == (0,)
+    assert Labels.from_json(labels.to_json()["labels"]) == labels
+
+
 def test_values_written_as_text_are_taken_as_integers() -> None:
     assert Labels.from_json({"background": "0", "liver": "1"}) == Labels.from_json({"background": 0, "liver": 1})
 
@@ -57,10 +64,8 @@ def test_values_written_as_text_are_taken_as_integers() -> None:
     [
         (None, None, "must be an object"),
         ([], None, "must be an object"),
-        ({}, None, "must be an object"),
         ({"liver": 1}, None, '"background": 0'),
         ({"background": 1, "liver": 2}, None, '"background": 0'),
-        ({"background": 0}, None, "no foreground class"),
         ({"background": 0, "ignore": 1}, None, "no foreground class"),
         ({"background": 0, "liver": 1.5}, None, '"liver" must be an integer'),
         ({"background": 0, "liver": True}, None, '"liver" must be an integer'),

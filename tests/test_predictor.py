@@ -380,6 +380,22 @@ def test_the_super_resolved_image_has_the_units_of_the_input(scheme):
     assert not fine.array[:, :4].any(), "what was cut away was zero"
 
 
+@pytest.mark.parametrize(
+    ("distance", "answered"), [(8.0, 2.0), (4.0, 1.0), (3.2, 0.8), (3.0, 1.0), (2.0, 1.0), (1.0, 1.0), (0.5, 0.5)]
+)
+def test_an_image_much_thinner_than_planned_is_refined_to_the_planned_spacing_alone(distance, answered):
+    slices = round(48 / distance)
+    height = (np.arange(slices) + 0.5) * distance  # mm from the outer face: a ramp, which linear interpolation keeps
+    array = np.broadcast_to(height[:, None, None], (slices, 9, 8)).astype(np.float32)
+    image = Image(array[None] + 1, Grid((slices, 9, 8), (distance, 1.0, 1.0), (0.5 * distance, 2.0, 3.0)))
+    fine = fine_threshold_model().predict_image(image)
+    assert fine.grid.spacing == pytest.approx((answered, 1.0, 1.0)) and fine.shape == (round(48 / answered), 9, 8)
+    np.testing.assert_allclose(outer_faces(fine.grid), outer_faces(image.grid), atol=1e-6)
+    place = (np.arange(len(fine.array[0])) + 0.5) * answered
+    inner = (place > 16) & (place < 32)  # splines ring near the ends
+    np.testing.assert_allclose(fine.array[0, inner, 4, 4], place[inner] + 1, atol=0.15)
+
+
 def test_on_the_native_grid_a_voxel_gets_the_class_of_the_largest_mean_probability():
     image, model = thick_image(), fine_threshold_model()
     labels = model.predict(image, native=True)

@@ -21,6 +21,7 @@ from autoseg.device import autocast_dtype, resolve_device
 from autoseg.errors import CheckpointError, PlanError, StorageError, unknown_choice
 from autoseg.labels import Labels
 from autoseg.plan import Configuration, Plan
+from autoseg.preprocessing.degradation import fine_cases
 from autoseg.preprocessing.store import Store
 from autoseg.training.batches import Batch, Samples, batches, collate, default_workers
 from autoseg.training.folds import load_or_make_folds, select_fold
@@ -160,7 +161,8 @@ def train_fold(
     split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
     store.require_whole((*split.train, *split.validation))
     earlier = _previous_stage(settings, previous, (*split.train, *split.validation))
-    training = Samples(store, split.train, settings, plan.labels, seed=seed, previous=earlier)
+    shown = fine_cases(store, split.train, settings)
+    training = Samples(store, shown, settings, plan.labels, seed=seed, previous=earlier)
     held_out = Samples(
         store, split.validation or split.train, settings, plan.labels,
         seed=seed + VALIDATION_SEED, augment=False, previous=earlier,

@@ -36,3 +36,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def _cpu_has_bf16() -> bool:
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch offers no public name for it
     return bool(probe and probe())
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that was in use so far: that of a GPU's tensors, else of this whole process; None: not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            peak = next((line for line in file if line.startswith("VmHWM:")), "")
+    except OSError:  # not Linux
+        return None
+    return 1024 * int(peak.split()[1]) if peak else None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from autoseg.device import autocast_dtype, resolve_device
+from autoseg.device import autocast_dtype, peak_memory_bytes, resolve_device
 from autoseg.errors import PlanError
 
 
@@ -35,3 +38,12 @@ def test_without_a_gpu_cuda_is_refused() -> None:
 def test_half_precision_is_bfloat16_or_nothing() -> None:
     assert autocast_dtype(torch.device("cpu")) in (torch.bfloat16, None)
     assert autocast_dtype(torch.device("meta")) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the peak is read from Linux' /proc")
+def test_the_peak_of_memory_remembers_what_is_freed() -> None:
+    held = torch.ones(2**26)  # 256 MB
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    del held
+    peak = peak_memory_bytes(torch.device("cpu"))
+    assert peak is not None and 0.95 * resident <= peak < 100 * resident

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoseg.checkpoint import Checkpoint, load_tensors, read_header, save_tensors
-from autoseg.device import autocast_dtype, resolve_device
+from autoseg.device import autocast_dtype, peak_memory_bytes, resolve_device
 from autoseg.errors import CheckpointError, PlanError, StorageError, unknown_choice
 from autoseg.labels import Labels
 from autoseg.plan import Configuration, Plan
@@ -435,6 +435,9 @@ class _Run:
             "seconds": round(self.elapsed, 1),
             "finished": self.limits.progress(self.state.step, self.elapsed) >= 1.0,
             **{key: self.identity[key] for key in ("seed", "recipe")},
+            "processes": self.identity.get("processes", 1),
+            "device": str(device := next(network.parameters()).device),
+            "peak_memory_bytes": peak_memory_bytes(device),
         }
         weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in weights.values()):

@@ -395,6 +395,7 @@ def train_fold(
     \b
     Example:
       autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0 --time 30m
+      torchrun --nproc-per-node 4 -m autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0
     """
     from autoseg.pipeline import load_plan, require_current_store, require_folds, train, validate
     from autoseg.units import format_seconds, parse_seconds
@@ -404,21 +405,30 @@ def train_fold(
     plan, place = load_plan(dataset, workspace)
     require_current_store(dataset, plan, configuration, workspace=place)
     require_folds(dataset, workspace=place)
-    with screen.training(f"{configuration} fold {fold}") as bar, screen.stop_signals() as stop:
-        trained = train(
-            plan,
-            configuration,
-            fold,
-            workspace=place,
-            device=device,
-            seconds=seconds,
-            steps=steps,
-            resume=go_on,
-            seed=seed,
-            workers=workers,
-            on_step=bar,
-            stop=stop,
-        )
+
+    from autoseg.screen import Screen
+    from autoseg.training.distributed import joined
+
+    with joined(os.environ, device) as world:
+        screen = screen if world.first else Screen(quiet=True)
+        with screen.training(f"{configuration} fold {fold}") as bar, screen.stop_signals() as stop:
+            trained = train(
+                plan,
+                configuration,
+                fold,
+                workspace=place,
+                device=device,
+                seconds=seconds,
+                steps=steps,
+                resume=go_on,
+                seed=seed,
+                workers=workers,
+                on_step=bar,
+                stop=stop,
+                world=world,
+            )
+    if not world.first:
+        return DONE
     if not trained.steps:
         return screen.refuse("Stopped before the first step: there is no model yet; --continue begins.", stop.status)
     screen.say(f"{trained.checkpoint}: {trained.steps} steps in {format_seconds(trained.seconds)}.")

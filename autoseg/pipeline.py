@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from autoseg.experiment_planning.fingerprint import Fingerprint
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.inference.evaluation import Evaluation
+    from autoseg.training.distributed import World
     from autoseg.training.loop import Progress, TrainedFold
 
 log = logging.getLogger(__name__)
@@ -432,15 +433,19 @@ def train(
 ) -> TrainedFold:
     """Train one fold; a cascade first brings the held-out predictions of its previous stage into a store.
 
-    Raises what these two raise: PlanError, CheckpointError, StorageError.
+    `world` are the processes that train it together; by default this one alone. Raises what the two parts raise:
+    PlanError, CheckpointError, StorageError, WorkerError.
     """
     from autoseg.inference.cascade import prepare_previous_stage
     from autoseg.training.loop import train_fold
 
-    previous = prepare_previous_stage(plan, configuration, workspace=workspace, workers=workers or 1)
+    world = world or ALONE
+    with world.one_after_another():
+        previous = prepare_previous_stage(plan, configuration, workspace=workspace, workers=workers or 1)
     return train_fold(
         plan,
         configuration,
+    world: World | None = None,
         fold,
         workspace=workspace,
         device=device,
@@ -465,6 +470,7 @@ def is_of_split(plan: Plan, configuration: str, fold: str, *, workspace: Workspa
     cases = Store(workspace.store(plan.configuration(configuration).preprocessing)).cases()
     split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
     return standing is None or standing.cases == split.id
+        world=world,
 
 
 def validate(

@@ -34,9 +34,9 @@ SCALE_STREAM = 2**32 - 1  # in the place of the index in a batch: the random num
 MOST_WORKERS = 12  # nnU-Net's default; a GPU rarely empties what so many prepare
 
 
-def default_workers() -> int:
-    """Processes that prepare patches on this machine; 0 (a thread) where cores are few."""
-    cores = available_cores()
+def default_workers(trainings: int = 1) -> int:
+    """Processes that prepare patches for one of so many on this machine; 0 (a thread) where cores are few."""
+    cores = available_cores() // trainings
     return 0 if cores <= FEW_CORES else min(MOST_WORKERS, cores - 2)
 
 
@@ -134,21 +134,24 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def batches(samples: Samples, *, batch_size: int, first_step: int, workers: int) -> Iterator[Batch]:
+def batches(
+    samples: Samples, *, batch_size: int, first_step: int, workers: int, first_index: int = 0
+) -> Iterator[Batch]:
     """Batches for step `first_step`, `first_step` + 1, ... without end; close the iterator to stop preparing.
 
     With `workers=0` a thread of this process prepares them (no second copy of torch in memory, no start-up: the
     choice for few cores); otherwise that many spawned processes. Raises StorageError where a case cannot be read,
+    Where a batch is shared by several processes, each has `batch_size` positions of it, from `first_index` on.
+
     WorkerError where a process dies.
     """
-    return (
-        _from_thread(samples, batch_size, first_step)
-        if workers == 0
-        else _from_processes(samples, batch_size, first_step, workers)
-    )
+    indices = range(first_index, first_index + batch_size)
+    if workers == 0:
+        return _from_thread(samples, indices, first_step)
+    return _from_processes(samples, indices, first_step, workers)
 
 
-def _from_thread(samples: Samples, batch_size: int, first_step: int) -> Iterator[Batch]:
+def _from_thread(samples: Samples, indices: Sequence[int], first_step: int) -> Iterator[Batch]:
     ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH_BATCHES)
     closed, limited = threading.Event(), threading.Event()
 
@@ -165,7 +168,7 @@ def _from_thread(samples: Samples, batch_size: int, first_step: int) -> Iterator
         step = first_step
         try:
             while not closed.is_set():
-                put(collate([samples[step, index] for index in range(batch_size)]))
+                put(collate([samples[step, index] for index in indices]))
                 step += 1
         except BaseException as error:  # handed over: it is raised where the batch is taken
             put(error)
@@ -189,13 +192,13 @@ def _from_thread(samples: Samples, batch_size: int, first_step: int) -> Iterator
 class _Positions:
     """The positions of each batch, from a step on."""
 
-    def __init__(self, batch_size: int, first_step: int) -> None:
-        self.batch_size, self.first_step = batch_size, first_step
+    def __init__(self, indices: Sequence[int], first_step: int) -> None:
+        self.indices, self.first_step = indices, first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.first_step
         while True:
-            yield [(step, index) for index in range(self.batch_size)]
+            yield [(step, index) for index in self.indices]
             step += 1
 
 
@@ -228,10 +231,10 @@ def _begin_worker(_: int) -> None:
     _compute_alone()
 
 
-def _from_processes(samples: Samples, batch_size: int, first_step: int, workers: int) -> Iterator[Batch]:
+def _from_processes(samples: Samples, indices: Sequence[int], first_step: int, workers: int) -> Iterator[Batch]:
     loader: Any = DataLoader(
         _Guarded(samples),
-        batch_sampler=_Positions(batch_size, first_step),
+        batch_sampler=_Positions(indices, first_step),
         num_workers=workers,
         collate_fn=_collate_guarded,
         multiprocessing_context="spawn",

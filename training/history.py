@@ -31,10 +31,13 @@ class Row:
 
 
 class History:
-    """The rows of one training; the file is rewritten whole, so it is never half a row."""
+    """The rows of one training; the file is rewritten whole, so it is never half a row.
 
-    def __init__(self, path: Path, structures: Sequence[str]) -> None:
-        self.path = path
+    Without `writes` they are kept in memory alone: of several processes that train together one writes.
+    """
+
+    def __init__(self, path: Path, structures: Sequence[str], *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.structures = tuple(structures)
         self.rows: list[Row] = []
 
@@ -65,6 +68,8 @@ class History:
 
     def write(self) -> None:
         """Write every row to the file, atomically."""
+        if not self.writes:
+            return
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from autoseg.plan import Configuration, Plan
 from autoseg.preprocessing.degradation import fine_cases
 from autoseg.preprocessing.store import Store
 from autoseg.training.batches import Batch, Samples, batches, collate, default_workers
+from autoseg.training.distributed import ALONE, World
 from autoseg.training.folds import load_or_make_folds, select_fold
 from autoseg.training.history import History, Row, draw_curve
 from autoseg.training.schedule import in_decay, learning_rate_factor
@@ -131,6 +132,7 @@ def train_fold(
     workers: int | None = None,
     recipe: str | None = None,
     previous: Path | None = None,
+    world: World = ALONE,
     clock: Callable[[], float] = time.monotonic,
     on_step: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -141,13 +143,14 @@ def train_fold(
 
     `previous` is a store with the previous stage's labels (cascade). `stop` is asked after each step; when it says
     yes the training ends with a valid checkpoint and can be resumed. `resume` goes on where an earlier run stopped.
-    `workers` processes prepare the patches (0: a thread; default: by the number of cores); it changes no result.
+    `workers` processes prepare the patches (0: a thread; default: by the number of cores); it changes no result. The
+    processes of `world` train together, each on a batch of the plan; the first writes the folder.
     Raises PlanError, CheckpointError, StorageError, WorkerError.
     """
     settings = plan.configuration(configuration)
     folder = workspace.fold(configuration, fold)
     limits = _limits(settings, seconds=seconds, steps=steps)
-    torch_device = resolve_device(device)
+    torch_device = world.device(resolve_device(device))
     recipe_name = recipe or settings.training.recipe
     if recipe_name not in RECIPES:
         raise PlanError(unknown_choice("Recipe", recipe_name, RECIPES))
@@ -161,31 +164,33 @@ def train_fold(
     split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
     store.require_whole((*split.train, *split.validation))
     earlier = _previous_stage(settings, previous, (*split.train, *split.validation))
+    together = replace(settings, batch_size=settings.batch_size * world.size)
     shown = fine_cases(store, split.train, settings)
-    training = Samples(store, shown, settings, plan.labels, seed=seed, previous=earlier)
+    training = Samples(store, shown, together, plan.labels, seed=seed, previous=earlier)
     held_out = Samples(
-        store, split.validation or split.train, settings, plan.labels,
+        store, split.validation or split.train, together, plan.labels,
         seed=seed + VALIDATION_SEED, augment=False, previous=earlier,
     )  # fmt: skip
 
     torch.manual_seed(seed)
     state = build_training(
-        settings.architecture, plan.labels, RECIPES[recipe_name], torch_device, configuration=settings
+        settings.architecture, plan.labels, RECIPES[recipe_name], torch_device, configuration=settings, world=world
     )
     identity = {"plan": plan.id, "configuration": configuration, "fold": fold, "seed": seed, "recipe": recipe_name}
     identity["cases"] = split.id
+    identity["processes"] = world.size
     run = _Run(plan, settings, fold, folder, limits, state, identity)
     run.begin(resume=resume, same_limits=seconds is None and steps is None)
-    online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size)
+    online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size, world=world)
     return _optimise(
         run,
         training,
         online,
         device=torch_device,
-        workers=default_workers() if workers is None else workers,
-        clock=clock,
+        workers=default_workers(world.local_size) if workers is None else workers,
+        clock=world.agreed(clock),
         on_step=on_step,
-        stop=stop,
+        stop=world.agreed(stop),
     )
 
 
@@ -220,6 +225,7 @@ def _optimise(
 ) -> TrainedFold:
     """The linear story: until the budget is spent, take a batch, take a step, note it, save now and then."""
     state, limits, precision = run.state, run.limits, autocast_dtype(device)
+    size = run.settings.batch_size
     began = clock() - run.elapsed
     losses: list[Tensor] = []
     dice: float | None = None
@@ -227,7 +233,9 @@ def _optimise(
     progress = limits.progress(state.step, run.elapsed)
     next_row = _next_row(progress)
     last_save, last_saved_progress = run.elapsed, progress
-    stream = batches(samples, batch_size=run.settings.batch_size, first_step=state.step, workers=workers)
+    stream = batches(
+        samples, batch_size=size, first_index=state.world.rank * size, first_step=state.step, workers=workers
+    )
     with contextlib.closing(stream):  # type: ignore[type-var]
         while progress < 1.0 and not stop():
             if in_decay(state.recipe.schedule, progress):
@@ -244,7 +252,7 @@ def _optimise(
 
             if progress >= next_row or progress >= 1.0:
                 next_row = _next_row(progress)
-                loss = float(torch.stack(losses).mean())
+                loss = float(state.world.mean(torch.stack(losses).mean()))
                 losses.clear()
                 if not math.isfinite(loss):
                     raise run.diverged(f"the loss became {loss}")
@@ -264,8 +272,7 @@ def _optimise(
                 left = run.elapsed * (1 - progress) / progress if progress > 0 else 0.0
                 shown = run.history.rows[-1].loss if run.history.rows else float(losses[-1])
                 on_step(Progress(state.step, limits.steps, progress, run.elapsed, left, shown, dice))
-    run.save()
-    run.history.write()
+    run.finish()
     planned = run.settings.training
     if limits.seconds and planned.seconds and planned.steps and progress >= 1.0:
         expected = planned.steps * limits.seconds / planned.seconds
@@ -274,7 +281,6 @@ def _optimise(
                 "%s: %d steps were taken where about %d were forecast: the machine is slower than when it was planned, "
                 "or busy; expect a weaker model, or train longer.", run.folder, state.step, expected,
             )  # fmt: skip
-    draw_curve(run.history, run.folder / CURVE, title=f"{run.plan.dataset}: {run.settings.name}, fold {run.fold}")
     return TrainedFold(run.folder / CHECKPOINT, state.step, run.elapsed, finished=progress >= 1.0)
 
 
@@ -304,27 +310,28 @@ def _limits(settings: Configuration, *, seconds: float | None, steps: int | None
 class OnlineDice:
     """Dice of the predicting network on a fixed set of held-out patches, on the output grid: a trend, not a score."""
 
-    def __init__(self, samples: Samples, labels: Labels, *, device: torch.device, batch_size: int) -> None:
-        self.labels, self.device = labels, device
+    def __init__(
+        self, samples: Samples, labels: Labels, *, device: torch.device, batch_size: int, world: World = ALONE
+    ) -> None:
+        self.labels, self.device, self.world = labels, device, world
         if not samples.configuration.architecture.output_channels:  # an image alone
             self.batches: list[Batch] = []
             return
         first = samples[0, 0]
         bytes_each = first.image.nbytes + first.label.nbytes
         count = max(1, min(VALIDATION_PATCHES, VALIDATION_BYTES // bytes_each))
-        size = min(batch_size, count)
-        chosen = [first, *(samples[i // size, i % size] for i in range(1, count))]
-        kept = [sample._replace(truth=None) for sample in chosen]
-        self.batches = [collate(kept[i : i + size]) for i in range(0, count, size)]
+        size = min(batch_size * world.size, count)
+        own = [samples[i // size, i % size] for i in range(world.rank, count, world.size)]
+        kept = [sample._replace(truth=None) for sample in own]
+        self.batches = [collate(kept[i : i + batch_size]) for i in range(0, len(kept), batch_size)]
 
     @torch.inference_mode()
     def __call__(self, state: TrainingState, *, precision: torch.dtype | None) -> tuple[float | None, ...]:
-        """Dice of each structure over all patches together; None where neither shows it, and without class logits."""
+        """Dice of each structure over the patches of all processes; None where neither shows it, or without logits."""
         network = state.predictor
         was_training = network.training
         network.eval()
-        overlap = np.zeros(len(self.labels.names))
-        size = np.zeros(len(self.labels.names))
+        overlap, size = counts = np.zeros((2, len(self.labels.names)))
         for batch in self.batches:
             with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
                 finest = network(batch.image.to(self.device), batch.grid)[0]
@@ -338,6 +345,7 @@ class OnlineDice:
 
 def _masks(
     logits: Tensor, truth: NDArray[Any], labels: Labels
+        overlap, size = self.world.sum(torch.from_numpy(counts)).numpy()
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """Predicted and true mask of each structure, without the voxels of the ignore label."""
     valid = truth[:, 0] != labels.ignore if labels.ignore is not None else np.ones_like(truth[:, 0], bool)
@@ -365,7 +373,7 @@ class _Run:
     plateau_elapsed: float = 0.0
 
     def __post_init__(self) -> None:
-        self.history = History(self.folder / HISTORY, self.plan.labels.names)
+        self.history = History(self.folder / HISTORY, self.plan.labels.names, writes=self.state.world.first)
 
     def begin(self, *, resume: bool, same_limits: bool = False) -> None:
         """Start afresh, or take up `resume.safetensors`, with `same_limits` its budget too.
@@ -388,6 +396,7 @@ class _Run:
                 raise CheckpointError(
                     f"{path}: this training had {key} {header.get(key)}, now it is {value}; "
                     "continue with the same, or delete the folder to begin anew."
+        header.setdefault("processes", 1)  # of before there could be more
                 )
         before = header["limits"]
         if same_limits:
@@ -432,6 +441,16 @@ class _Run:
         network = self.state.predictor
         summary = {
             "steps": self.state.step,
+    def finish(self) -> None:
+        """Write everything that a training ends with; no process returns before it is there."""
+        self.save()
+        if self.state.world.first:
+            self.history.write()
+            draw_curve(
+                self.history, self.folder / CURVE, title=f"{self.plan.dataset}: {self.settings.name}, fold {self.fold}"
+            )
+        self.state.world.wait()
+
             "seconds": round(self.elapsed, 1),
             "finished": self.limits.progress(self.state.step, self.elapsed) >= 1.0,
             **{key: self.identity[key] for key in ("seed", "recipe")},
@@ -447,6 +466,8 @@ class _Run:
         tensors = {f"now/{name}": tensor for name, tensor in _tensors(self.state).items()}
         if self.plateau is not None:
             tensors |= {f"plateau/{name}": tensor for name, tensor in self.plateau.items()}
+        if not self.state.world.first:
+            return
         header = {
             "format": RESUME_FORMAT,
             **self.identity,

@@ -14,6 +14,7 @@ from autoseg.errors import PlanError, unknown_choice
 from autoseg.labels import Labels
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Acquisition, Architecture, Configuration, Vector
+from autoseg.training.distributed import ALONE, World
 from autoseg.training.shapes import has_fine_image
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class finite (nnU-Net's)
@@ -23,6 +24,8 @@ LEAST_SPREAD = 1e-3  # of a feature over a batch; below it the feature says noth
 class DiceCrossEntropy(nn.Module):
     """Cross-entropy minus soft Dice (Drozdzal et al. 2016) over the foreground, sums taken over the whole batch.
 
+    The batch is that of all processes of `world`; the mean of what they answer is its loss.
+
     Classes: softmax and categorical cross-entropy, Dice without background. Regions: sigmoid and binary
     cross-entropy, Dice of every region. Voxels of the ignore label count in neither.
     """
@@ -30,8 +33,9 @@ class DiceCrossEntropy(nn.Module):
     channel_of: Tensor
     members: Tensor
 
-    def __init__(self, labels: Labels) -> None:
+    def __init__(self, labels: Labels, world: World = ALONE) -> None:
         super().__init__()
+        self.world = world
         self.regions = labels.has_regions
         self.ignores = labels.ignore is not None
         top = max(labels.known_values)
@@ -57,29 +61,33 @@ class DiceCrossEntropy(nn.Module):
         log_probabilities = F.log_softmax(logits, dim=1)
         cross_entropy = F.nll_loss(log_probabilities, target, ignore_index=-1, reduction="sum")
         valid = (target >= 0).unsqueeze(1)
-        counted = valid.sum().clamp(min=1) if self.ignores else valid.numel()
+        counted = self._counted(valid) if self.ignores else valid.numel()
         onehot = torch.zeros_like(logits).scatter_(1, target.clamp(min=0).unsqueeze(1), 1.0)[:, 1:]
         probabilities = log_probabilities[:, 1:].exp()
         if self.ignores:
             onehot, probabilities = onehot * valid, probabilities * valid
-        return cross_entropy / counted - _soft_dice(probabilities, onehot)
+        return cross_entropy / counted - _soft_dice(probabilities, onehot, self.world)
 
     def _regions(self, logits: Tensor, label: Tensor) -> Tensor:
         onehot = self.members[label[:, 0].long()].movedim(-1, 1)
         entropy = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none")
         probabilities = logits.sigmoid()
         if not self.ignores:
-            return entropy.mean() - _soft_dice(probabilities, onehot)
+            return entropy.mean() - _soft_dice(probabilities, onehot, self.world)
         valid = label.ne(self.ignore_value)  # type: ignore[arg-type]  # there is one
-        counted = (valid.sum() * logits.shape[1]).clamp(min=1)
-        return (entropy * valid).sum() / counted - _soft_dice(probabilities * valid, onehot * valid)
+        counted = self._counted(valid) * logits.shape[1]
+        return (entropy * valid).sum() / counted - _soft_dice(probabilities * valid, onehot * valid, self.world)
+
+    def _counted(self, valid: Tensor) -> Tensor:
+        """How many voxels count, of all processes by their number."""
+        return self.world.mean(valid.sum().float()).clamp(min=1 / self.world.size)
 
 
-def _soft_dice(probabilities: Tensor, onehot: Tensor) -> Tensor:
+def _soft_dice(probabilities: Tensor, onehot: Tensor, world: World) -> Tensor:
     """Mean over channels of 2 |P n T| / (|P| + |T|), sums over batch and voxels."""
     axes = [0, *range(2, probabilities.ndim)]
-    overlap = (probabilities * onehot).sum(axes)
-    size = probabilities.sum(axes) + onehot.sum(axes)
+    sizes = probabilities.sum(axes) + onehot.sum(axes)
+    overlap, size = world.sum(torch.stack([(probabilities * onehot).sum(axes), sizes]))
     return ((2 * overlap + SMOOTH) / (size + SMOOTH)).mean()
 
 
@@ -125,6 +133,8 @@ class Restoration:
     """How the input came from the fine image; None where it is not known."""
     filters: Tensor | None = None
     """(F, I, kz, ky, kx): the first filters of the network, detached."""
+    world: World = ALONE
+    """The processes whose batches are parts of one."""
 
     @property
     def known(self) -> Tensor:
@@ -160,7 +170,10 @@ def _perceptual(r: Restoration) -> Tensor:
     assert r.filters is not None, "the builder gives the filters of the network"
     padding = [size // 2 for size in r.filters.shape[2:]]
     with torch.no_grad():
-        spread = F.conv3d(r.known, r.filters, padding=padding).std(dim=(0, 2, 3, 4), correction=0)
+        seen = F.conv3d(r.known, r.filters, padding=padding)
+        variance, mean = torch.var_mean(seen, dim=(0, 2, 3, 4), correction=0)
+        spread = r.world.mean(variance + (mean - r.world.mean(mean)).square()).sqrt()  # over all processes
+        del seen
     filters = r.filters / spread.clamp(min=LEAST_SPREAD)[:, None, None, None, None]
     return F.conv3d(r.predicted - r.known, filters, padding=padding).abs().mean()
 
@@ -203,9 +216,10 @@ class SuperResolutionLoss(nn.Module):
         halo: int = 0,
         acquisition: Acquisition | None = None,
         filters: Callable[[], Tensor] | None = None,
+        world: World = ALONE,
     ) -> None:
         super().__init__()
-        self.segmentation = segmentation
+        self.segmentation, self.world = segmentation, world
         self.classes, self.image_channels = classes, image_channels
         self.terms = tuple(terms)
         self.scale, self.halo = scale, halo
@@ -245,6 +259,7 @@ class SuperResolutionLoss(nn.Module):
             grid or OutputGrid((z, y, x), self.scale),
             self.acquisition,
             self.filters() if self.filters is not None and "perceptual" in self.terms else None,
+            self.world,
         )
         return torch.stack([IMAGE_LOSSES[name](restoration) for name in self.terms]).sum()
 
@@ -255,14 +270,16 @@ def build_loss(
     *,
     configuration: Configuration | None = None,
     filters: Callable[[], Tensor] | None = None,
+    world: World = ALONE,
 ) -> nn.Module:
     """The training loss for a set of labels, and for the image that a network of this architecture answers with.
 
     Of a configuration the image terms and the forward model are taken; without one the image is compared by L1.
-    `filters` gives the network's first filters (F, I, kz, ky, kx), detached. Raises PlanError for an unknown term, and
-    where no term is left because no fine image is known.
+    `filters` gives the network's first filters (F, I, kz, ky, kx), detached. Of several processes (`world`) each gets
+    a loss whose mean over all of them, and its gradient, are those of their batches as one. Raises PlanError for an
+    unknown term, and where no term is left because no fine image is known.
     """
-    segmentation = DeepSupervision(DiceCrossEntropy(labels))
+    segmentation = DeepSupervision(DiceCrossEntropy(labels, world))
     if architecture is None or architecture.head == "plain":
         return segmentation
     terms = configuration.training.image_losses if configuration is not None else ("l1",)
@@ -285,6 +302,7 @@ def build_loss(
         halo=architecture.halo,
         acquisition=configuration.acquisition if configuration is not None else None,
         filters=filters,
+        world=world,
     )
 
 

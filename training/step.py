@@ -13,6 +13,7 @@ from autoseg.labels import Labels
 from autoseg.networks import UNet, build_network
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Architecture, Configuration
+from autoseg.training.distributed import ALONE, World
 from autoseg.training.losses import build_loss, first_filters
 from autoseg.training.settings import EMA_WIDTH, Recipe
 
@@ -27,6 +28,8 @@ class TrainingState:
     recipe: Recipe
     ema: UNet | None
     """Averaged weights, or None."""
+    world: World = ALONE
+    """The processes that take each step together."""
     step: int = 0
     """Steps taken."""
 
@@ -43,19 +46,20 @@ def build_training(
     device: torch.device | str = "cpu",
     *,
     configuration: Configuration | None = None,
+    world: World = ALONE,
 ) -> TrainingState:
-    """Network, loss, optimiser and averaged weights, ready for the first step.
+    """Network, loss, optimiser and averaged weights, ready for the first step; equal in all processes of `world`.
 
     The loss of a super-resolving network is that of its `configuration`; without one see `build_loss`.
     """
     with torch.device(device):  # built where they live: the planner's fake tensors could not be moved there, nor copied
         network = build_network(architecture)
         filters = functools.partial(first_filters, network, architecture)
-        loss = build_loss(labels, architecture, configuration=configuration, filters=filters)
+        loss = build_loss(labels, architecture, configuration=configuration, filters=filters, world=world)
         ema = build_network(architecture).eval().requires_grad_(False) if recipe.ema else None
     if ema is not None:
         ema.load_state_dict(network.state_dict())
-    return TrainingState(network, loss, build_optimizer(network, recipe, loss=loss), recipe, ema)
+    return TrainingState(network, loss, build_optimizer(network, recipe, loss=loss), recipe, ema, world)
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe, *, loss: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -85,7 +89,7 @@ def training_step(
     truth: Tensor | None = None,
     grid: OutputGrid | None = None,
 ) -> Tensor:
-    """Forward, backward, clip, update, average.
+    """Forward, backward, clip, update, average; of several processes each with its part of the batch.
 
     Image (B, C, Z + 2 halo, Y, X) float32, label (B, 1, Z, Y, X) integer, both on the network's device; `precision` is
     the autocast dtype or None for float32. For super-resolution the label and `truth` (B, I, *grid.shape) float32, if
@@ -98,6 +102,7 @@ def training_step(
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(state.network.parameters(), state.recipe.clip_norm)
     state.optimizer.step()
+    state.world.average_gradients([*state.network.parameters(), *state.loss.parameters()])
     state.step += 1
     if state.ema is not None:
         update_average(state.ema, state.network, step=state.step)

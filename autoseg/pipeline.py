@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.inference.evaluation import Evaluation
     from autoseg.training.distributed import World
+    from autoseg.training.loggers import Logs
     from autoseg.training.loop import Progress, TrainedFold
 
 log = logging.getLogger(__name__)
@@ -428,12 +429,15 @@ def train(
     resume: bool = False,
     seed: int = 0,
     workers: int | None = None,
+    world: World | None = None,
+    logs: Logs | None = None,
     on_step: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrainedFold:
     """Train one fold; a cascade first brings the held-out predictions of its previous stage into a store.
 
-    `world` are the processes that train it together; by default this one alone. Raises what the two parts raise:
+    `world` are the processes that train it together; by default this one alone. `logs` are told of
+    every row of history.csv. Raises what the two parts raise:
     PlanError, CheckpointError, StorageError, WorkerError.
     """
     from autoseg.inference.cascade import prepare_previous_stage
@@ -445,7 +449,6 @@ def train(
     return train_fold(
         plan,
         configuration,
-    world: World | None = None,
         fold,
         workspace=workspace,
         device=device,
@@ -455,6 +458,8 @@ def train(
         seed=seed,
         workers=workers,
         previous=previous,
+        world=world,
+        logs=logs or NO_LOGS,
         on_step=on_step,
         stop=stop,
     )
@@ -470,7 +475,6 @@ def is_of_split(plan: Plan, configuration: str, fold: str, *, workspace: Workspa
     cases = Store(workspace.store(plan.configuration(configuration).preprocessing)).cases()
     split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
     return standing is None or standing.cases == split.id
-        world=world,
 
 
 def validate(

@@ -139,10 +139,10 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches for step `first_step`, `first_step` + 1, ... without end; close the iterator to stop preparing.
 
-    With `workers=0` a thread of this process prepares them (no second copy of torch in memory, no start-up: the
-    choice for few cores); otherwise that many spawned processes. Raises StorageError where a case cannot be read,
     Where a batch is shared by several processes, each has `batch_size` positions of it, from `first_index` on.
 
+    With `workers=0` a thread of this process prepares them (no second copy of torch in memory, no start-up: the
+    choice for few cores); otherwise that many spawned processes. Raises StorageError where a case cannot be read,
     WorkerError where a process dies.
     """
     indices = range(first_index, first_index + batch_size)

@@ -181,6 +181,8 @@ def train_fold(
     identity["processes"] = world.size
     run = _Run(plan, settings, fold, folder, limits, state, identity)
     run.begin(resume=resume, same_limits=seconds is None and steps is None)
+    if world.first:
+        run.log(logs, workspace.root, resumed=resume)
     online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size, world=world)
     return _optimise(
         run,
@@ -340,12 +342,12 @@ class OnlineDice:
                 overlap[i] += np.count_nonzero(predicted & true)
                 size[i] += np.count_nonzero(predicted) + np.count_nonzero(true)
         network.train(was_training)
+        overlap, size = self.world.sum(torch.from_numpy(counts)).numpy()
         return tuple(float(2 * o / s) if s else None for o, s in zip(overlap, size, strict=True))
 
 
 def _masks(
     logits: Tensor, truth: NDArray[Any], labels: Labels
-        overlap, size = self.world.sum(torch.from_numpy(counts)).numpy()
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """Predicted and true mask of each structure, without the voxels of the ignore label."""
     valid = truth[:, 0] != labels.ignore if labels.ignore is not None else np.ones_like(truth[:, 0], bool)
@@ -391,12 +393,12 @@ class _Run:
         if not resume:
             return
         tensors, header = load_tensors(path, RESUME_FORMAT)
+        header.setdefault("processes", 1)  # of before there could be more
         for key, value in self.identity.items():
             if header.get(key) != value:
                 raise CheckpointError(
                     f"{path}: this training had {key} {header.get(key)}, now it is {value}; "
                     "continue with the same, or delete the folder to begin anew."
-        header.setdefault("processes", 1)  # of before there could be more
                 )
         before = header["limits"]
         if same_limits:
@@ -436,11 +438,6 @@ class _Run:
             "look for extreme intensities with `autoseg verify`, or choose another recipe."
         )
 
-    def save(self) -> None:
-        """Write what to predict with, then what to go on from. Raises PlanError where the weights are not finite."""
-        network = self.state.predictor
-        summary = {
-            "steps": self.state.step,
     def finish(self) -> None:
         """Write everything that a training ends with; no process returns before it is there."""
         self.save()
@@ -451,6 +448,11 @@ class _Run:
             )
         self.state.world.wait()
 
+    def save(self) -> None:
+        """Write what to predict with, then what to go on from. Raises PlanError where the weights are not finite."""
+        network = self.state.predictor
+        summary = {
+            "steps": self.state.step,
             "seconds": round(self.elapsed, 1),
             "finished": self.limits.progress(self.state.step, self.elapsed) >= 1.0,
             **{key: self.identity[key] for key in ("seed", "recipe")},
@@ -461,13 +463,13 @@ class _Run:
         weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise self.diverged("the weights are not finite")
+        if not self.state.world.first:
+            return
         if self.state.step:  # weights that no step has touched are no model
             Checkpoint(self.plan, self.settings.name, self.fold, weights, summary).save(self.folder / CHECKPOINT)
         tensors = {f"now/{name}": tensor for name, tensor in _tensors(self.state).items()}
         if self.plateau is not None:
             tensors |= {f"plateau/{name}": tensor for name, tensor in self.plateau.items()}
-        if not self.state.world.first:
-            return
         header = {
             "format": RESUME_FORMAT,
             **self.identity,

@@ -100,9 +100,9 @@ def training_step(
         outputs = state.network(image, grid)
     loss: Tensor = state.loss(outputs, label, truth, image, grid)
     loss.backward()  # type: ignore[no-untyped-call]
+    state.world.average_gradients([*state.network.parameters(), *state.loss.parameters()])
     nn.utils.clip_grad_norm_(state.network.parameters(), state.recipe.clip_norm)
     state.optimizer.step()
-    state.world.average_gradients([*state.network.parameters(), *state.loss.parameters()])
     state.step += 1
     if state.ema is not None:
         update_average(state.ema, state.network, step=state.step)

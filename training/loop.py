@@ -181,8 +181,6 @@ def train_fold(
     identity["processes"] = world.size
     run = _Run(plan, settings, fold, folder, limits, state, identity)
     run.begin(resume=resume, same_limits=seconds is None and steps is None)
-    if world.first:
-        run.log(logs, workspace.root, resumed=resume)
     online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size, world=world)
     return _optimise(
         run,

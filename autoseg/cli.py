@@ -634,6 +634,12 @@ def run(
     licence: Annotated[
         str, typer.Option("--licence", metavar="TEXT", help="The terms under which the model may be used.")
     ] = "not stated",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, if need be; show every task, what it waits for and its time; end.")
+    ] = False,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Plan, if need be; print plain commands for any scheduler; end.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights, sampling and augmentation.")] = 0,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
@@ -641,36 +647,52 @@ def run(
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
 ) -> int:
-    """Do everything: plan, preprocess, train all folds, choose by cross-validation, export the model, write the report.
+    """Do everything: plan, preprocess, train the folds, choose by cross-validation, export the model, write the report.
 
-    Ctrl-C, SIGTERM or a power failure end it anywhere; the same command goes on where it was.
+    Of several candidates those that are beaten beyond noise are stopped early. Ctrl-C, SIGTERM or a power failure end
+    it anywhere; the same command goes on where it was.
 
     \b
     Example:
       autoseg run data/Dataset004_Hippocampus --time 45m
+      autoseg run data/Dataset004_Hippocampus --time 45m --dry-run
     """
+    from autoseg.experiment import outlook
     from autoseg.experiment import run as everything
     from autoseg.units import parse_bytes, parse_seconds
 
     screen = SCREEN.get()
     names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
-    with screen.training("training") as bar, screen.stop_signals() as stop:
+    asked: dict[str, Any] = {
+        "workspace": workspace,
+        "seconds": parse_seconds(time, option="--time") if time else None,
+        "steps": steps,
+        "gpu_memory_bytes": parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else None,
+        "configurations": names,
+        "drop_broken": drop_cases,
+        "group_by": group_by,
+        "folds": folds,
+        "device": device,
+        "workers": _cores(workers),
+    }
+    if dry_run or print_commands:
+        contest, agenda = outlook(dataset, **asked)
+        if dry_run:
+            screen.say(agenda.table())
+        if print_commands:
+            from autoseg.agenda import commands
+
+            screen.say("\n".join(commands(contest, dataset, workspace, device=device, seed=seed)))
+        return DONE
+    with screen.experiment() as shown, screen.stop_signals() as stop:
         outcome = everything(
             dataset,
-            workspace=workspace,
-            seconds=parse_seconds(time, option="--time") if time else None,
-            steps=steps,
-            gpu_memory_bytes=parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else None,
-            configurations=names,
-            drop_broken=drop_cases,
-            group_by=group_by,
-            folds=folds,
+            **asked,
             licence=licence,
-            device=device,
-            workers=_cores(workers),
             seed=seed,
-            on_part=lambda part: screen.note(f"{part} ..."),
-            on_step=bar,
+            on_part=shown.part,
+            on_step=shown.step,
+            on_rows=shown.rows,
             stop=stop,
         )
     if outcome.selection is None:

@@ -1,16 +1,18 @@
 """A raw dataset and a time budget -> everything: plan, store, trained folds, what was chosen, model, report.
 
 State is the artefacts on disk: whatever is finished and still right is not made again, so a run that was stopped or
-killed is simply started again. Two runs never work in one workspace.
+killed is simply started again. Two runs never work in one workspace. `autoseg.contest` says what comes next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,29 +20,26 @@ from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError
 from autoseg.files import remove_leftovers
 from autoseg.locks import alone
-from autoseg.pipeline import is_of_split, plan_and_preprocess, train, validate, workspace_of
+from autoseg.pipeline import load_plan, plan_and_preprocess, train, validate, workspace_of
 from autoseg.plan import Plan
-from autoseg.workspace import CHECKPOINT, HISTORY, SUMMARY, VALIDATION, Workspace
+from autoseg.training.loggers import NO_LOGS, Logs
+from autoseg.workspace import CHECKPOINT, HISTORY, Workspace
 
 if TYPE_CHECKING:
+    from autoseg.agenda import Agenda
+    from autoseg.contest import Contest, Round, Row, Task
+    from autoseg.forecast import Pace
+    from autoseg.inference.rungs import Length
     from autoseg.inference.selection import Selection
+    from autoseg.training.folds import Fold
     from autoseg.training.loop import Progress
 
 log = logging.getLogger(__name__)
 
 TRAINING_SHARE = 0.85  # of a run's time that trains; the rest plans, preprocesses, predicts held-out cases and reports
+AIMED_SHARE = 0.98  # of the time for everything at which a run means to end
 LEAST_FOLD_SECONDS = 10.0  # what a fold gets even where the time is spent
-
-
-@dataclass(frozen=True)
-class Task:
-    """One fold of one configuration."""
-
-    configuration: str
-    fold: str
-
-    def __str__(self) -> str:
-        return f"{self.configuration}, fold {self.fold}"
+LEAST_GROWTH = 1.25  # a training that goes on from a fork is at least so many times as long as that was
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,17 @@ class Job:
     workers: int = 1
     """Processes that score the predictions."""
     seed: int = 0
+    logs: Logs = NO_LOGS
+    """What is told of the training besides history.csv."""
+    before: Length | None = None
+    """The length of a fork that was trained first: a training with this budget goes on with the one of the job."""
+    is_fork: bool = False
+    """Whether this is such a fork: it is predicted without mirroring and pictures."""
+    cases: tuple[str, ...] | None = None
+    """Of the held-out ones, those that are predicted; all of them by default."""
 
     def __str__(self) -> str:
-        return f"{self.configuration}, fold {self.fold}"
+        return f"{self.configuration}, fold {self.fold}" + (", a part of its training" if self.is_fork else "")
 
 
 @dataclass(frozen=True)
@@ -73,10 +80,10 @@ class JobDone:
     job: Job
     finished: bool
     """False where a stop signal ended the training before its budget did; it is not predicted then."""
-    training_seconds: float
-    """With the start of the training and the end of its files."""
-    predicting_seconds: float
-    """To predict and score what was held out."""
+    starting_seconds: float = 0.0
+    """To start the training and to end it, beside the steps."""
+    predicting_seconds: float = 0.0
+    """To predict and score what was held out; 0 where that was there already."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +117,22 @@ def run(
     device: str = "auto",
     workers: int = 1,
     seed: int = 0,
+    logs: Logs = NO_LOGS,
     clock: Callable[[], float] = time.monotonic,
     on_part: Callable[[str], None] = lambda part: None,
     on_step: Callable[[Progress], None] | None = None,
+    on_rows: Callable[[Sequence[Row], Task | None], None] = lambda rows, running: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Plan, preprocess, train and validate every fold, choose by cross-validation, export and report.
+    """Plan, preprocess, train and validate the folds of every candidate, choose, export and report.
 
-    `seconds` is the time for everything, divided over the folds that are left; `steps` trains each fold for so many
-    steps instead. Without either the plan's own budget of a fold holds. `stop` is asked after each step and each part:
-    when it says yes the run ends where it is, to be started again. Raises what the parts raise, and StorageError where
-    another run works in the workspace.
+    `seconds` is the time for everything, that of runs before which were ended too; it is divided over the folds that
+    are left, anew for each of them. `steps` trains each fold for so many steps instead. Without either the plan's own
+    length of a fold holds. Candidates that are beaten are trained no further. `on_rows` is told how every fold stands
+    and which is trained next. `stop` is asked after each step and each part: when it says yes the run ends where it is,
+    to be started again. Raises what the parts raise, and StorageError where another run works in the workspace.
     """
-    began = clock()
+    began, timed = clock(), seconds is not None and steps is None
     place = workspace_of(dataset_root, workspace)
     with alone(place.lock, what=f"{place.root}: another run works here"):
         remove_leftovers(place.root)
@@ -131,7 +141,7 @@ def run(
             dataset_root,
             workspace=workspace,
             gpu_memory_bytes=gpu_memory_bytes,
-            fold_seconds=_fold_seconds(place, seconds, configurations),
+            fold_seconds=_fold_seconds(place, seconds),
             configurations=configurations,
             drop_broken=drop_broken,
             group_by=group_by,
@@ -139,56 +149,153 @@ def run(
             device=device,
             workers=workers,
         )
+        from autoseg.contest import Contest
+        from autoseg.forecast import Pace
+
         plan = planned.plan
-        tasks = find_tasks(plan, place, drop_cases=planned.dropped)
-        predicting = 0.0  # seconds of the longest predictions so far
-        for number, task in enumerate(tasks):
-            if is_done(task, plan, place):
-                continue
-            on_part(f"{task} ({number + 1} of {len(tasks)})")
-            waiting = [other for other in tasks[number:] if not is_done(other, plan, place)]
-            budget = None
-            if seconds is not None and steps is None:
-                left = seconds * (1 + TRAINING_SHARE) / 2 - (clock() - began)
-                budget = max(LEAST_FOLD_SECONDS, left / len(waiting) - predicting)
-            job = Job(
-                Path(dataset_root), place.root, task.configuration, task.fold,
-                seconds=budget, steps=steps, device=device, workers=workers, seed=seed,
-            )  # fmt: skip
-            done = run_job(job, on_step=on_step, stop=stop, clock=clock)
-            if not done.finished or stop():
+        contest = Contest(plan, place, find_folds(plan, place, drop_cases=planned.dropped), steps, timed)
+        pace = Pace(plan, workers)
+        form = Job(Path(dataset_root), place.root, "", "", device=device, workers=workers, seed=seed, logs=logs)
+        ends = began + AIMED_SHARE * seconds - _spent(contest) if timed and seconds is not None else None
+        while not (now := contest.round()).is_over:
+            if stop():
                 return Outcome(plan, place, None, finished=False)
-            predicting = max(predicting, done.predicting_seconds)
+            left = None if ends is None else ends - clock()
+            if now.rung is not None and now.rung.forks and not now.rung.lengths:
+                contest.begin_forks(now.rung, fold_seconds=None if left is None else _fold_time(contest, pace, left))
+            elif now.tasks:
+                job = _job(form, now, contest, pace, left)
+                on_rows(contest.rows(), now.tasks[0])
+                on_part(f"{job}")
+                done = run_job(job, on_step=on_step, stop=stop, clock=clock)
+                if not done.finished:
+                    return Outcome(plan, place, None, finished=False)
+                _take_note(done, contest, pace)
+            elif now.rung is not None:
+                on_part(f"comparing {len(now.contenders)} candidates: {now.rung.name}")
+                start = clock()
+                decided = contest.judged(now, RawDataset.load(Path(dataset_root)), workers=workers)
+                decided.save(place)
+                pace.compared(len(now.contenders), decided.cases, clock() - start)
+                for decision in decided.decisions():
+                    on_part(f"{decision.name}: {decision.because}")
+        on_rows(contest.rows(), None)
         on_part("choosing")
-        selection = _select(Path(dataset_root), plan, place, workers=workers)
+        selection = _select(Path(dataset_root), contest, workers=workers)
         on_part("exporting the model and writing the report")
         _deliver(place, selection, licence=licence)
         return Outcome(plan, place, selection, finished=True)
 
 
-def find_tasks(plan: Plan, place: Workspace, *, drop_cases: Sequence[str] | dict[str, str] = ()) -> list[Task]:
-    """Every fold of every configuration, a previous stage before the one that needs it; folds are made if missing."""
+def outlook(
+    dataset_root: Path,
+    *,
+    workspace: Path | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    configurations: Sequence[str] | None = None,
+    drop_broken: bool = False,
+    group_by: str | None = None,
+    folds: Path | None = None,
+    device: str = "auto",
+    workers: int = 1,
+) -> tuple[Contest, Agenda]:
+    """What `run` with these arguments has before it; where there is no plan yet one is made, nothing else is done.
+
+    Raises what planning raises.
+    """
+    timed = seconds is not None and steps is None
+    place = workspace_of(dataset_root, workspace)
+    if place.plan.exists():
+        plan, _ = load_plan(dataset_root, workspace)
+    else:
+        with alone(place.lock, what=f"{place.root}: another run works here"):
+            plan = plan_and_preprocess(
+                dataset_root,
+                workspace=workspace,
+                gpu_memory_bytes=gpu_memory_bytes,
+                fold_seconds=_fold_seconds(place, seconds),
+                configurations=configurations,
+                fill_store=False,
+                drop_broken=drop_broken,
+                group_by=group_by,
+                folds=folds,
+                device=device,
+                workers=workers,
+            ).plan
+
+    from autoseg.agenda import agenda
+    from autoseg.contest import Contest
+    from autoseg.experiment_planning.fingerprint import Fingerprint
+    from autoseg.forecast import Pace
+    from autoseg.preprocessing.store import Store
+    from autoseg.training.folds import load_folds, make_folds
+
+    cases = Fingerprint.load(place.fingerprint).cases
+    names = [case.identifier for case in cases]
+    split = load_folds(place.folds, names) if place.folds.exists() else make_folds(names)
+    contest = Contest(plan, place, tuple(split), steps, timed)
+    pace = Pace(plan, workers)
+    missing = [one for one in plan.stores() if not all(map(Store(place.store(one)).has, names))]
+    preprocessing = len(missing) * pace.preprocessing([case.shape for case in cases])
+    whole = None
+    if timed and seconds is not None:
+        whole = _fold_time(contest, pace, AIMED_SHARE * seconds - _spent(contest) - preprocessing)
+    return contest, agenda(contest, pace, fold_seconds=whole, preprocessing=preprocessing)
+
+
+def _job(form: Job, now: Round, contest: Contest, pace: Pace, left: float | None) -> Job:
+    """The next job of a round; `left` are the seconds of the time for everything, if that was asked for."""
+    task = now.tasks[0]
+    job = replace(form, configuration=task.configuration, fold=task.fold)
+    fork = contest.fork_length(task)
+    if fork is not None and now.forks(task):
+        cases = contest.fork_cases(task, pace)
+        return replace(job, steps=fork.steps, seconds=fork.seconds, is_fork=True, cases=cases)
+    if left is None:
+        length = contest.length(task.configuration)
+        return replace(job, steps=length.steps, seconds=length.seconds, before=fork)
+    least = LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
+    return replace(job, seconds=max(_fold_time(contest, pace, left), least), before=fork)
+
+
+def _take_note(done: JobDone, contest: Contest, pace: Pace) -> None:
+    """What a job took is what the next ones will."""
+    job = done.job
+    pace.starting = max(pace.starting, done.starting_seconds)
+    if done.predicting_seconds:
+        cases = len(job.cases or contest.folds[int(job.fold)].validation)
+        pace.predicted(job.configuration, cases, done.predicting_seconds, mirroring=not job.is_fork)
+
+
+def _fold_time(contest: Contest, pace: Pace, left: float) -> float:
+    """Seconds that a whole fold may train, when all that is still to be done shall end in `left` seconds."""
+    from autoseg.forecast import fold_seconds
+
+    names = [name for contender in contest.round().contenders for name in contender.members]
+    cases = sum(len(fold.validation) for fold in contest.folds)
+    seconds = fold_seconds(left - pace.finishing(names, cases), contest.works(pace))
+    if seconds < LEAST_FOLD_SECONDS:
+        log.warning(
+            "%s: the time is spent; each fold that is left trains for %d s, and the run ends later than was asked.",
+            contest.place.root, LEAST_FOLD_SECONDS,
+        )  # fmt: skip
+    return max(LEAST_FOLD_SECONDS, seconds)
+
+
+def _spent(contest: Contest) -> float:
+    """About the seconds that earlier runs, which were ended, have worked: from what they trained."""
+    return sum(contest.trained_seconds().values()) / TRAINING_SHARE
+
+
+def find_folds(plan: Plan, place: Workspace, *, drop_cases: Collection[str] = ()) -> tuple[Fold, ...]:
+    """The folds; they are made if missing."""
     from autoseg.preprocessing.store import Store
     from autoseg.training.folds import load_or_make_folds
 
-    order = sorted(plan.configurations, key=lambda c: c.previous_stage is not None)
-    cases = [case for case in Store(place.store(order[0].preprocessing)).cases() if case not in set(drop_cases)]
-    folds = load_or_make_folds(place.folds, cases)
-    return [Task(c.name, str(fold)) for c in order for fold in range(len(folds))]
-
-
-def is_done(task: Task, plan: Plan, place: Workspace) -> bool:
-    """Whether a fold is trained to its end by this plan and its held-out cases are scored."""
-    from autoseg.training.loop import read_standing
-
-    folder = place.fold(task.configuration, task.fold)
-    summary, checkpoint = folder / VALIDATION / SUMMARY, folder / CHECKPOINT
-    standing = read_standing(folder)
-    if standing is None or not standing.finished or standing.plan != plan.id:
-        return False
-    if not is_of_split(plan, task.configuration, task.fold, workspace=place):
-        return False
-    return summary.is_file() and checkpoint.is_file() and summary.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
+    store = Store(place.store(plan.configurations[0].preprocessing))
+    return tuple(load_or_make_folds(place.folds, [case for case in store.cases() if case not in drop_cases]))
 
 
 def run_job(
@@ -204,6 +311,7 @@ def run_job(
     process and on any machine that sees both folders; no two of them on one fold. A job that was killed is run again,
     here or elsewhere. Raises PlanError, CheckpointError, StorageError, WorkerError.
     """
+    from autoseg.contest import is_of_length
     from autoseg.training.loop import read_standing
 
     place = Workspace(job.workspace)
@@ -213,38 +321,70 @@ def run_job(
     standing = read_standing(folder)
     if standing is None:
         (folder / HISTORY).unlink(missing_ok=True)  # of a run that was killed before it could save: it begins anew
-    if standing is None or not standing.finished:
+    forked = standing is not None and job.before is not None and is_of_length(standing, job.before)
+    timer = _Timer(clock, on_step)
+    if standing is None or forked or not standing.finished:
         trained = train(
             plan,
             job.configuration,
             job.fold,
             workspace=place,
             device=job.device,
-            seconds=job.seconds if standing is None else None,
+            seconds=job.seconds if standing is None or forked else None,
             steps=job.steps,
             resume=standing is not None,
             seed=job.seed,
-            on_step=on_step,
+            logs=job.logs,
+            on_step=timer,
             stop=stop,
         )
         if not trained.finished:
-            return JobDone(job, False, clock() - began, 0.0)
+            return JobDone(job, finished=False)
     middle = clock()
-    if not stop():
-        validate(
-            job.dataset, plan, job.configuration, job.fold, workspace=place, device=job.device, workers=job.workers
-        )
-    return JobDone(job, not stop(), middle - began, clock() - middle)
+    if stop():
+        return JobDone(job, finished=False)
+    validate(
+        job.dataset,
+        plan,
+        job.configuration,
+        job.fold,
+        workspace=place,
+        cases=job.cases,
+        mirroring=not job.is_fork,
+        pictures=not job.is_fork,
+        device=job.device,
+        workers=job.workers,
+    )
+    return JobDone(job, True, max(0.0, middle - began - timer.training_seconds), clock() - middle)
 
 
-def _select(root: Path, plan: Plan, place: Workspace, *, workers: int) -> Selection:
+class _Timer:
+    """Passes a training's progress on, and takes the time between its first and its last step."""
+
+    def __init__(self, clock: Callable[[], float], on_step: Callable[[Progress], None] | None) -> None:
+        self._clock, self._on_step = clock, on_step
+        self._first: float | None = None
+        self.training_seconds = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = self._clock()
+        if self._first is None:
+            self._first = now
+        self.training_seconds = now - self._first
+        if self._on_step is not None:
+            self._on_step(progress)
+
+
+def _select(root: Path, contest: Contest, *, workers: int) -> Selection:
+    from autoseg.inference.image_selection import select_by_image
     from autoseg.inference.selection import select
 
-    stages = {c.previous_stage for c in plan.configurations}
-    labelled = [c.name for c in plan.configurations if c.architecture.output_channels and c.name not in stages]
-    if not labelled:
-        raise PlanError(f"{place.plan}: no configuration predicts labels, so there is nothing to choose by Dice.")
-    selection = select(RawDataset.load(root), plan, labelled, workspace=place, workers=workers)
+    plan, place = contest.plan, contest.place
+    if contest.contenders:
+        names = [name for contender in contest.round().contenders for name in contender.members]
+        selection = select(RawDataset.load(root), plan, names, workspace=place, rungs=contest.rungs(), workers=workers)
+    else:
+        selection = select_by_image(plan, [c.name for c in plan.configurations], workspace=place)
     selection.save(place.selection)
     return selection
 
@@ -259,10 +399,8 @@ def _deliver(place: Workspace, selection: Selection, *, licence: str) -> None:
     write_report(place)
 
 
-def _fold_seconds(place: Workspace, seconds: float | None, configurations: Sequence[str] | None) -> float | None:
-    """Training time of one fold: that of the plan that is there, else an even share of the run's."""
-    from autoseg.training.folds import FOLDS
-
+def _fold_seconds(place: Workspace, seconds: float | None) -> Callable[[Sequence[str]], float] | float | None:
+    """Training time of one fold: that of the plan that is there, else a share of the run's, by its candidates."""
     if seconds is None:
         return None
     if place.plan.exists():
@@ -270,4 +408,14 @@ def _fold_seconds(place: Workspace, seconds: float | None, configurations: Seque
             plan = Plan.load(place.plan)
             if any(place.models.glob(f"*/fold_*/{CHECKPOINT}")):
                 return plan.budget.fold_seconds or None
-    return seconds * TRAINING_SHARE / (FOLDS * len(configurations or ("one",)))
+    return functools.partial(_planned_fold_seconds, seconds)
+
+
+def _planned_fold_seconds(seconds: float, candidates: Sequence[str]) -> float:
+    """What a fold is planned for, before anything is measured: half of the candidates are trained to the end."""
+    from autoseg.inference.halving import FORK_SHARE
+    from autoseg.training.folds import FOLDS
+
+    count = len(candidates)
+    forks = count * FORK_SHARE / 2 if count > 1 else 0.0
+    return seconds * TRAINING_SHARE / (forks + FOLDS * math.ceil(count / 2))

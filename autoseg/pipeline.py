@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,9 +65,10 @@ def plan_and_preprocess(
     *,
     workspace: Path | None = None,
     gpu_memory_bytes: int | None = None,
-    fold_seconds: float | None = None,
+    fold_seconds: float | Callable[[Sequence[str]], float] | None = None,
     configurations: Sequence[str] | None = None,
     asked: Asked | None = None,
+    fill_store: bool = True,
     drop_broken: bool = False,
     replan: bool = False,
     keep_plan: bool = False,
@@ -79,7 +80,10 @@ def plan_and_preprocess(
 ) -> Planned:
     """Fingerprint, plan and store of a raw dataset; what is there already and still right is not made again.
 
-    `asked` are the grids of super-resolution. `drop_broken` leaves broken cases out instead of refusing the dataset. A
+    `fold_seconds` may be a function of the names of what will be planned, the low resolution of a cascade aside.
+    `asked` are the grids of super-resolution. Without `fill_store` nothing is preprocessed.
+
+    `drop_broken` leaves broken cases out instead of refusing the dataset. A
     plan that would change under trained models is refused unless `replan`, which puts them aside. `keep_plan`
     preprocesses for the plan.json that is there. `group_by` names what must not be parted by a fold: a JSON file of
     case: patient, or "prefix" for cases whose names differ in their last part alone. `folds` is a file of folds, such
@@ -109,7 +113,8 @@ def plan_and_preprocess(
         plan, filled = _plan(
             dataset,
             place,
-            Budget(gpu_memory_bytes or 0, fold_seconds or 0.0, device),
+            Budget(gpu_memory_bytes or 0, 0.0 if callable(fold_seconds) else fold_seconds or 0.0, device),
+            fold_seconds=fold_seconds if callable(fold_seconds) else None,
             configurations=configurations,
             asked=asked,
             replan=replan,
@@ -117,12 +122,12 @@ def plan_and_preprocess(
             drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
             group_by=group_by,
             given_folds=folds,
-            fill=fill,
+            fill=fill if fill_store else None,
         )
     planned = [configuration.name for configuration in plan.configurations]  # a cascade brings its low resolution along
     names = tuple(configurations) if keep_plan and configurations else tuple(planned)
     left = [store for store in plan.stores(names) if store not in filled]
-    if left:
+    if left and fill_store:
         fill(left)
     return Planned(plan, place, names, dropped)
 
@@ -132,6 +137,7 @@ def _plan(
     place: Workspace,
     budget: Budget,
     *,
+    fold_seconds: Callable[[Sequence[str]], float] | None,
     configurations: Sequence[str] | None,
     asked: Asked | None,
     replan: bool,
@@ -139,13 +145,15 @@ def _plan(
     drop_cases: Sequence[str],
     group_by: str | None,
     given_folds: Path | None,
-    fill: Callable[..., bool],
+    fill: Callable[..., bool] | None,
 ) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
     """The plan, and the stores that were filled while it was made."""
+    from autoseg.experiment_planning.draft import draft_plan
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
     from autoseg.experiment_planning.folds import plan_folds
+    from autoseg.experiment_planning.notes import Notes
     from autoseg.experiment_planning.planner import first_stores, plan_experiment
-    from autoseg.experiment_planning.superresolution import label_ceiling
+    from autoseg.experiment_planning.superresolution import Asked, label_ceiling
     from autoseg.training.folds import write_folds
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
@@ -165,8 +173,12 @@ def _plan(
             write_folds(place.folds, folds)
         return kept, ()
     ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
+    if fold_seconds is not None:
+        draft = draft_plan(fingerprint, configurations, asked or Asked(), ceiling, Notes())
+        budget = replace(budget, fold_seconds=fold_seconds(draft.wanted))
     early: tuple[PreprocessingSettings, ...] = ()
-    if workers > 1 and not _trained(place):  # what trained models were made from stays until the plan may change
+    unfilled = fill is not None and not _trained(place)
+    if unfilled and workers > 1:  # what trained models were made from stays until the plan may change
         early = first_stores(fingerprint, configurations, asked, ceiling)
     with _beside(fill, early, workers=workers) as filling:
         plan = plan_experiment(fingerprint, budget, configurations=configurations, asked=asked, ceiling=ceiling)
@@ -180,14 +192,14 @@ def _plan(
 
 @contextlib.contextmanager
 def _beside(
-    fill: Callable[..., bool], stores: tuple[PreprocessingSettings, ...], *, workers: int
+    fill: Callable[..., bool] | None, stores: tuple[PreprocessingSettings, ...], *, workers: int
 ) -> Iterator[Future[bool] | None]:
     """Fill `stores` while the `with` block sizes networks: it takes one core, the workers the others.
 
     When the block ends, what is not filled within a moment is left to all of them. Gives whether everything is there,
     in the end.
     """
-    if not stores:
+    if not stores or fill is None:
         yield None
         return
     ended = threading.Event()
@@ -481,11 +493,14 @@ def validate(
     fold: str,
     *,
     workspace: Workspace,
+    cases: Sequence[str] | None = None,
+    mirroring: bool = True,
+    pictures: bool = True,
     device: str = "auto",
     workers: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation | None:
-    """Predict and score the cases that a trained fold held out; None for fold `all`, which holds none out."""
+    """Predict and score the cases that a trained fold held out, or some of them; None for fold `all`, without any."""
     from autoseg.inference.crossval import validate_fold
     from autoseg.training.folds import ALL
 
@@ -498,5 +513,15 @@ def validate(
         )
     dataset = list_cases(Path(dataset_root)).dataset
     return validate_fold(
-        dataset, plan, configuration, fold, workspace=workspace, device=device, workers=workers, progress=progress
+        dataset,
+        plan,
+        configuration,
+        fold,
+        workspace=workspace,
+        cases=cases,
+        device=device,
+        mirroring=mirroring,
+        workers=workers,
+        pictures=pictures,
+        progress=progress,
     )

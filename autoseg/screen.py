@@ -11,11 +11,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from autoseg.contest import Row, Task
     from autoseg.training.loop import Progress
 
 PLAIN_LINE_SECONDS = 30.0  # without a terminal a training says this often where it stands
@@ -144,6 +147,19 @@ class Screen:
             task = bars.add_task(doing, total=1.0, text="")
             yield lambda progress: bars.update(task, completed=progress.fraction, text=_training_text(progress))
 
+    @contextlib.contextmanager
+    def experiment(self) -> Iterator[RunLines]:
+        """What a whole run tells of itself: on a terminal a live table of its folds, else lines."""
+        if not self._draws:
+            yield RunLines(self.note)
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        shown = RunTable(self.note)
+        with Live(get_renderable=shown.draw, console=Console(stderr=True), redirect_stdout=False, refresh_per_second=2):
+            yield shown
+
     @property
     def _draws(self) -> bool:
         return not self.quiet and sys.stderr.isatty()
@@ -160,6 +176,83 @@ class _PlainTraining:
         if time.monotonic() - self._last >= PLAIN_LINE_SECONDS or progress.fraction >= 1.0:
             self._last = time.monotonic()
             self._note(f"{self._doing}: {100 * progress.fraction:.0f} %, {_training_text(progress)}")
+
+
+class RunLines:
+    """A run in lines: each part as it begins, a training now and then, a score as soon as it is there."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._scored: set[str] = set()
+        self._training = _PlainTraining(note, "training")
+
+    def part(self, text: str) -> None:
+        """Something begins."""
+        self._note(f"{text} ...")
+
+    def step(self, progress: Progress) -> None:
+        """A training took a step."""
+        self._training(progress)
+
+    def rows(self, rows: Sequence[Row], running: Task | None) -> None:
+        """How every fold stands, and which is trained now."""
+        done = {f"{row.task}": row for row in rows if row.state == "done" and row.dice is not None}
+        if running is not None:
+            self._training = _PlainTraining(self._note, f"{running}")
+        for name in done.keys() - self._scored:
+            self._note(f"{name}: mean Dice {done[name].dice:.4f} of the held-out cases")
+        self._scored |= done.keys()
+
+
+class RunTable(RunLines):
+    """A run as a table: a line for each configuration, a column for each fold, and below what is being done."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(note)
+        self._began = time.monotonic()
+        self._rows: Sequence[Row] = ()
+        self._running: Task | None = None
+        self._part = ""
+        self._progress: Progress | None = None
+
+    def part(self, text: str) -> None:
+        self._part, self._progress = text, None
+
+    def step(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def rows(self, rows: Sequence[Row], running: Task | None) -> None:
+        self._rows, self._running, self._progress = rows, running, None
+
+    def draw(self) -> RenderableType:
+        """The table of this moment."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", *(f"fold {fold}" for fold in dict.fromkeys(row.task.fold for row in self._rows)))
+        for name in dict.fromkeys(row.task.configuration for row in self._rows):
+            table.add_row(name, *(self._cell(row) for row in self._rows if row.task.configuration == name))
+        return Group(*([table] if self._rows else []), *map(Text, self._below()))
+
+    def _cell(self, row: Row) -> str:
+        score = "" if row.dice is None else f"{row.dice:.4f}"
+        if row.task == self._running and row.state != "done":
+            share = 0.0 if self._progress is None else self._progress.fraction
+            return f"[bold]{'predicting' if share >= 1 else f'{share:.0%}'}"
+        return {"done": f"[green]{score}", "fork": f"[dim]({score})", "dropped": f"[dim]dropped {score}"}.get(
+            row.state, "[dim]waiting"
+        )
+
+    def _below(self) -> list[str]:
+        from autoseg.units import format_seconds
+
+        now = self._part if self._progress is None else f"{self._part}: {_training_text(self._progress)}"
+        counts = [(state, sum(row.state == state for row in self._rows)) for state in ("done", "dropped")]
+        left = len(self._rows) - sum(count for _, count in counts)
+        done = ", ".join(f"{count} {state}" for state, count in (*counts, ("left", left)))
+        spent = format_seconds(time.monotonic() - self._began)
+        return [now, f"folds: {done}; {spent} so far" if self._rows else f"{spent} so far"]
 
 
 def _training_text(progress: Progress) -> str:

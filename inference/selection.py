@@ -4,11 +4,13 @@ Everything is decided on cases that the predicting fold did not train on, and on
 
 1. mirroring, for each configuration: on where it gains more than noise and MIRROR_GAIN, since it costs 2 to 8 times;
 2. the best single configuration, by the mean over classes of the mean Dice over cases;
-3. pairs and the ensemble of all, with weights: only where one beats the best single one beyond noise over the cases;
+3. pairs with weights, the views of a volume together, and all together: only where one beats the best single one
+   beyond noise over the cases;
 4. the largest component alone, or a smallest size, for each structure: only where it gains beyond noise;
 5. a temperature that makes the chosen probabilities honest, with the calibration error before and after.
 
-"Beyond noise" is: the 95 % bootstrap interval of the mean paired difference over the cases lies above zero.
+"Beyond noise" is: the 95 % bootstrap interval of the mean paired difference over the cases lies above zero. Who was
+stopped early (`halving.py`) is not chosen from; the rungs at which that happened are kept beside the choice.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from autoseg.inference.cascade import held_out_cases
 from autoseg.inference.chosen import Chosen, Member
 from autoseg.inference.crossval import MIRRORED, PLAIN, PROBABILITIES
 from autoseg.inference.postprocess import Cleaning, clean
+from autoseg.inference.rungs import Rung, find_views
 from autoseg.labels import Labels
 from autoseg.plan import Decision, Plan, from_json, to_json
 from autoseg.preprocessing.case import place
@@ -40,7 +43,7 @@ from autoseg.preprocessing.resample import resample_image
 from autoseg.preprocessing.store import Store
 from autoseg.workspace import VALIDATION, Workspace
 
-SELECTION_VERSION = 1
+SELECTION_VERSION = 2
 MIRROR_GAIN = 0.001  # mean Dice that test-time mirroring must add to be worth its time
 SIZES_MM3 = (10.0, 30.0, 100.0, 300.0, 1000.0)  # smallest components that are tried
 PAIR_WEIGHTS = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0))
@@ -98,6 +101,8 @@ class Selection:
     decisions: tuple[Decision, ...]
     cases: int = 0
     """Held-out cases behind the scores."""
+    rungs: tuple[Rung, ...] = ()
+    """Where candidates were compared before all were trained to their end, and who was dropped."""
     version: int = SELECTION_VERSION
 
     @property
@@ -125,26 +130,28 @@ def select(
     configurations: Sequence[str],
     *,
     workspace: Workspace,
+    rungs: Sequence[Rung] = (),
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Selection:
     """Choose among configurations of which every fold is trained and validated.
 
-    Cases that some configuration did not predict are left out. Raises PlanError where no case is predicted by all.
+    Cases that some configuration did not predict are left out. `rungs` tell who was dropped before. Raises PlanError
+    where no case is predicted by all.
     """
-    cases = _held_out(dataset, configurations, workspace)
+    cases = find_held_out(dataset, configurations, workspace)
     mirrored = {name for name in configurations if _has_mirrored(cases, name)}
-    decisions: list[Decision] = []
+    decisions = [decision for rung in rungs for decision in rung.decisions()]
 
     singles = [single(name, mirroring) for name in configurations for mirroring in _ways(name, mirrored)]
-    table = _score(cases, singles, plan.labels, workers=workers, progress=progress)
+    table = score_candidates(cases, singles, plan.labels, workers=workers, progress=progress)
     best_of = [_choose_mirroring(name, table, decisions) for name in configurations]
     best = max(best_of, key=lambda candidate: table.mean(candidate))
     decisions.append(_decision("configuration", best.name, _why_best(best, best_of, table)))
 
-    ensembles = list(_ensembles(best_of))
+    ensembles = _ensembles(best_of, find_views([plan.configuration(name) for name in configurations]))
     if ensembles:
-        table = table.joined(_score(cases, ensembles, plan.labels, workers=workers, progress=progress))
+        table = table.joined(score_candidates(cases, ensembles, plan.labels, workers=workers, progress=progress))
     chosen = _choose_ensemble(best, ensembles, table, decisions)
 
     details = _examine(cases, chosen, plan.labels, workers=workers)
@@ -152,12 +159,17 @@ def select(
     temperature, errors = _calibrate(details, decisions, regions=plan.labels.has_regions)
     scores = sorted((table.score(candidate) for candidate in table.candidates), key=lambda s: -s.dice)
     use = Chosen(chosen.members, chosen.weights, temperature, cleaning)
-    return Selection(plan.id, use, errors, tuple(scores), tuple(decisions), cases=len(cases))
+    return Selection(plan.id, use, errors, tuple(scores), tuple(decisions), len(cases), tuple(rungs))
 
 
 def single(configuration: str, mirroring: bool) -> Candidate:
     """The ensemble of one."""
-    return Candidate((Member(configuration, mirroring),), (1.0,))
+    return equal_parts((Member(configuration, mirroring),))
+
+
+def equal_parts(members: tuple[Member, ...]) -> Candidate:
+    """The ensemble in which no member counts more than another."""
+    return Candidate(members, (1 / len(members),) * len(members))
 
 
 def _decision(name: str, value: Any, because: str) -> Decision:
@@ -168,7 +180,7 @@ def _ways(name: str, mirrored: set[str]) -> tuple[bool, ...]:
     return (False, True) if name in mirrored else (False,)
 
 
-def _choose_mirroring(name: str, table: _Table, decisions: list[Decision]) -> Candidate:
+def _choose_mirroring(name: str, table: Table, decisions: list[Decision]) -> Candidate:
     plain, turned = single(name, False), single(name, True)
     if turned not in table.candidates:
         decisions.append(_decision(f"{name}.mirroring", False, "the plan allows no mirrored copies."))
@@ -186,24 +198,24 @@ def _choose_mirroring(name: str, table: _Table, decisions: list[Decision]) -> Ca
     return turned if pays else plain
 
 
-def _why_best(best: Candidate, others: Sequence[Candidate], table: _Table) -> str:
+def _why_best(best: Candidate, others: Sequence[Candidate], table: Table) -> str:
     shown = ", ".join(f"{candidate.name} {table.mean(candidate):.4f}" for candidate in others)
     return f"of the cross-validated mean Dice ({shown}) it has the highest."
 
 
-def _ensembles(singles: Sequence[Candidate]) -> list[Candidate]:
-    """Pairs with their weights, and all together."""
+def _ensembles(singles: Sequence[Candidate], views: Sequence[tuple[str, ...]]) -> list[Candidate]:
+    """Pairs with their weights, the views of a volume together, and all together."""
     members = [candidate.members[0] for candidate in singles]
     found = []
     for pair in itertools.combinations(members, 2):
         found += [Candidate(pair, tuple(w / sum(weights) for w in weights)) for weights in PAIR_WEIGHTS]
-    if len(members) > 2:
-        found.append(Candidate(tuple(members), (1 / len(members),) * len(members)))
+    together = [tuple(member for member in members if member.configuration in names) for names in views]
+    found += [equal_parts(some) for some in dict.fromkeys((*together, tuple(members))) if len(some) > 2]
     return found
 
 
 def _choose_ensemble(
-    best: Candidate, ensembles: Sequence[Candidate], table: _Table, decisions: list[Decision]
+    best: Candidate, ensembles: Sequence[Candidate], table: Table, decisions: list[Decision]
 ) -> Candidate:
     if not ensembles:
         decisions.append(_decision("ensemble", best.name, "one configuration is there, so there is nothing to join."))
@@ -227,8 +239,8 @@ def _choose_ensemble(
 
 
 @dataclass
-class _Table:
-    """Dice of every candidate by case and structure, nan where neither prediction nor truth shows it."""
+class Table:
+    """Dice of candidates by case and structure, nan where neither prediction nor truth shows it."""
 
     names: tuple[str, ...]
     dice: dict[Candidate, NDArray[np.float64]] = field(default_factory=dict)
@@ -242,8 +254,8 @@ class _Table:
     def cases(self) -> int:
         return len(next(iter(self.dice.values())))
 
-    def joined(self, other: _Table) -> _Table:
-        return _Table(self.names, {**self.dice, **other.dice})
+    def joined(self, other: Table) -> Table:
+        return Table(self.names, {**self.dice, **other.dice})
 
     def mean(self, candidate: Candidate) -> float:
         """Mean over the structures of their mean over the cases (nnU-Net's foreground mean)."""
@@ -252,11 +264,11 @@ class _Table:
     def difference(self, candidate: Candidate, other: Candidate) -> tuple[float, float, float]:
         """Mean paired difference of two candidates and its bootstrap interval over the cases."""
         paired = self.dice[candidate] - self.dice[other]
-        return _interval(lambda rows: float(np.nanmean(_means(paired[rows]))), self.cases)
+        return interval(lambda rows: float(np.nanmean(_means(paired[rows]))), self.cases)
 
     def score(self, candidate: Candidate) -> Score:
         dice = self.dice[candidate]
-        value, low, high = _interval(lambda rows: float(np.nanmean(_means(dice[rows]))), self.cases)
+        value, low, high = interval(lambda rows: float(np.nanmean(_means(dice[rows]))), self.cases)
         by_class = {name: float(v) for name, v in zip(self.names, _means(dice), strict=True) if not math.isnan(v)}
         return Score(candidate, value, low, high, by_class)
 
@@ -268,20 +280,28 @@ def _means(dice: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(sums, counted.sum(axis=0), out=np.full(dice.shape[1], np.nan), where=counted.any(axis=0))
 
 
-def _interval(value: Callable[[NDArray[np.intp]], float], cases: int) -> tuple[float, float, float]:
-    """The value over all cases, and the 95 % interval of its bootstrap over them."""
+def interval(value: Callable[[NDArray[np.intp]], float], cases: int) -> tuple[float, float, float]:
+    """The value over all cases, and the 95 % interval of its bootstrap over them.
+
+    Of few cases the plain percentiles lie too close together; these are as far apart as Student's t asks for
+    (expanded percentiles, Hesterberg 2015, arXiv:1411.5279).
+    """
+    from scipy import special
+
     generator = np.random.default_rng(SEED)
     drawn = [value(generator.integers(cases, size=cases)) for _ in range(RESAMPLES)]
-    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    freedom = max(1, cases - 1)
+    tail = float(special.ndtr(-math.sqrt(1 + 1 / freedom) * special.stdtrit(freedom, 0.975)))
+    low, high = np.nanquantile(drawn, (tail, 1 - tail))
     return value(np.arange(cases)), float(low), float(high)
 
 
 def _mean_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    return _interval(lambda rows: float(_means(values[rows, None])[0]), len(values))
+    return interval(lambda rows: float(_means(values[rows, None])[0]), len(values))
 
 
 @dataclass(frozen=True)
-class _HeldOut:
+class HeldOut:
     """A case, its true label, and where each configuration's probabilities for it are."""
 
     case: str
@@ -290,13 +310,18 @@ class _HeldOut:
     """By configuration: the store of the fold that held the case out."""
 
 
-def _held_out(dataset: RawDataset, configurations: Sequence[str], workspace: Workspace) -> list[_HeldOut]:
+def find_held_out(
+    dataset: RawDataset, configurations: Sequence[str], workspace: Workspace, *, folds: Sequence[str] | None = None
+) -> list[HeldOut]:
+    """Cases of these folds (default: all) that every configuration has predicted. Raises PlanError without any."""
     labels = {case.identifier: case.label for case in dataset.cases if case.label is not None}
     found = []
     for fold, names in enumerate(held_out_cases(workspace.folds)):
+        if folds is not None and str(fold) not in folds:
+            continue
         stores = {name: workspace.fold(name, str(fold)) / VALIDATION / PROBABILITIES for name in configurations}
         found += [
-            _HeldOut(case, labels[case], stores)
+            HeldOut(case, labels[case], stores)
             for case in names
             if case in labels and all(Store(folder).has(case) for folder in stores.values())
         ]
@@ -308,18 +333,19 @@ def _held_out(dataset: RawDataset, configurations: Sequence[str], workspace: Wor
     return sorted(found, key=lambda one: one.case)
 
 
-def _has_mirrored(cases: Sequence[_HeldOut], name: str) -> bool:
+def _has_mirrored(cases: Sequence[HeldOut], name: str) -> bool:
     return all(MIRRORED in Store(one.stores[name]).entry(one.case).arrays for one in cases)
 
 
-def _score(
-    cases: Sequence[_HeldOut],
+def score_candidates(
+    cases: Sequence[HeldOut],
     candidates: Sequence[Candidate],
     labels: Labels,
     *,
     workers: int,
     progress: Callable[[int, int], None] | None = None,
-) -> _Table:
+) -> Table:
+    """Dice of every candidate by case and structure, on the labels' own grids."""
     names = [one.case for one in cases]
     rows: dict[int, NDArray[np.float64]] = {}
     score = functools.partial(score_case, candidates=tuple(candidates), labels=labels)
@@ -330,10 +356,10 @@ def _score(
         if progress is not None:
             progress(len(rows), len(cases))
     stacked = np.stack([rows[index] for index in range(len(cases))])
-    return _Table(labels.names, {candidate: stacked[:, i] for i, candidate in enumerate(candidates)})
+    return Table(labels.names, {candidate: stacked[:, i] for i, candidate in enumerate(candidates)})
 
 
-def score_case(one: _HeldOut, *, candidates: Sequence[Candidate], labels: Labels) -> NDArray[np.float64]:
+def score_case(one: HeldOut, *, candidates: Sequence[Candidate], labels: Labels) -> NDArray[np.float64]:
     """Dice (candidates, structures) of one case on its label's own grid. Runs in a worker.
 
     Structure by structure, so that never more than one channel of each member lies at full resolution.
@@ -356,7 +382,7 @@ def _dice(mask: NDArray[np.bool_], truth: NDArray[Any], labels: Labels, name: st
 
 
 def _answers(
-    one: _HeldOut, candidates: Sequence[Candidate], labels: Labels
+    one: HeldOut, candidates: Sequence[Candidate], labels: Labels
 ) -> list[list[tuple[str, NDArray[np.bool_]]]]:
     """For each candidate the predicted mask of every structure on the grid of the file."""
     reader = _Reader(one, candidates, regions=labels.has_regions)
@@ -379,7 +405,7 @@ def _answers(
 class _Reader:
     """One channel after the other of the candidates' probabilities, on the grid of the file."""
 
-    def __init__(self, one: _HeldOut, candidates: Sequence[Candidate], *, regions: bool) -> None:
+    def __init__(self, one: HeldOut, candidates: Sequence[Candidate], *, regions: bool) -> None:
         self.candidates, self.regions = candidates, regions
         self.members = sorted({m for c in candidates for m in c.members}, key=lambda m: (m.configuration, m.mirroring))
         self.entries = {m: Store(one.stores[m.configuration]).entry(one.case) for m in self.members}
@@ -420,7 +446,7 @@ def _cleanings() -> tuple[Cleaning, ...]:
     return (Cleaning(), Cleaning(largest_only=True), *(Cleaning(smallest_mm3=size) for size in SIZES_MM3))
 
 
-def _examine(cases: Sequence[_HeldOut], chosen: Candidate, labels: Labels, *, workers: int) -> list[_Detail]:
+def _examine(cases: Sequence[HeldOut], chosen: Candidate, labels: Labels, *, workers: int) -> list[_Detail]:
     examine = functools.partial(examine_case, chosen=chosen, labels=labels)
     found: dict[int, _Detail] = {}
     for index, result in map_cases(examine, cases, workers=workers, names=[one.case for one in cases]):
@@ -430,7 +456,7 @@ def _examine(cases: Sequence[_HeldOut], chosen: Candidate, labels: Labels, *, wo
     return [found[index] for index in range(len(cases))]
 
 
-def examine_case(one: _HeldOut, *, chosen: Candidate, labels: Labels) -> _Detail:
+def examine_case(one: HeldOut, *, chosen: Candidate, labels: Labels) -> _Detail:
     """Dice under every cleaning, and sampled probabilities, of the chosen candidate. Runs in a worker."""
     image = read_image(one.reference)
     truth, voxel = image.array[0], math.prod(image.grid.spacing)

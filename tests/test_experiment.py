@@ -18,27 +18,31 @@ from tiny_training import NAME, tiny_configuration, tiny_plan
 
 import autoseg.experiment_planning.planner as planner
 from autoseg.checkpoint import load_tensors
+from autoseg.contest import Contest, Task
 from autoseg.dataset import RawDataset
 from autoseg.errors import StorageError
-from autoseg.experiment import Task, find_tasks, is_done, run
+from autoseg.experiment import find_folds, run
 from autoseg.experiment_planning.fingerprint import extract_fingerprint
 from autoseg.files import write_json
 from autoseg.image import read_image
+from autoseg.inference.halving import LEAST_CASES
 from autoseg.inference.predictor import load_model
+from autoseg.inference.selection import Selection
 from autoseg.plan import Plan, TrainingSettings
+from autoseg.preprocessing.store import Store
 from autoseg.training.loop import RESUME_FORMAT
 from autoseg.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
-TRAINING = TrainingSettings(steps=STEPS, mirror_axes=(2,))
 
 
-def two_candidates(root: Path) -> Plan:
+def two_candidates(root: Path, steps: int = STEPS) -> Plan:
     """A 3D and a 2D configuration, so that there is something to choose."""
     dataset = RawDataset.load(root)
-    volume = tiny_configuration(training=TRAINING)
-    flat = replace(tiny_configuration(patch_size=(1, 12, 12), training=TRAINING), name="2d")
+    training = TrainingSettings(steps=steps, mirror_axes=(2,))
+    volume = tiny_configuration(training=training)
+    flat = replace(tiny_configuration(patch_size=(1, 12, 12), training=training), name="2d")
     return replace(
         tiny_plan(volume),
         dataset=dataset.name,
@@ -50,14 +54,29 @@ def two_candidates(root: Path) -> Plan:
 
 @pytest.fixture
 def dataset(tiny_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A tiny dataset, a planner that finds the two tiny candidates, and two folds."""
+    """A tiny dataset, a planner that finds the two tiny candidates, and two folds: too few cases to drop anyone."""
     root = tiny_dataset(cases=6)
     plan = two_candidates(root)
     monkeypatch.setattr(planner, "plan_experiment", lambda *_, **__: plan)
-    names = [case.identifier for case in RawDataset.load(root).cases]
-    folds = [{"train": names[3:], "val": names[:3]}, {"train": names[:3], "val": names[3:]}]
-    write_json(Workspace.of(root, tmp_path / "ws").folds, folds)
+    two_folds(root, tmp_path / "ws")
     return root
+
+
+@pytest.fixture
+def contested(tiny_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The same with cases enough for comparisons, and steps enough for forks."""
+    root = tiny_dataset(cases=2 * LEAST_CASES)
+    plan = two_candidates(root, 8)
+    monkeypatch.setattr(planner, "plan_experiment", lambda *_, **__: plan)
+    two_folds(root, tmp_path / "ws")
+    return root
+
+
+def two_folds(root: Path, workspace: Path) -> None:
+    names = [case.identifier for case in RawDataset.load(root).cases]
+    half = len(names) // 2
+    folds = [{"train": names[half:], "val": names[:half]}, {"train": names[:half], "val": names[half:]}]
+    write_json(Workspace.of(root, workspace).folds, folds)
 
 
 def weights(place: Workspace) -> dict[str, np.ndarray]:
@@ -75,7 +94,7 @@ def test_one_call_gives_a_model_that_predicts_and_a_report(dataset, tmp_path):
     outcome = run(dataset, workspace=tmp_path / "ws", device="cpu", on_part=parts.append)
     assert outcome.finished and outcome.selection is not None and outcome.selection.cases == 6
     assert [part for part in parts if "fold" in part] == [
-        f"{NAME}, fold 0 (1 of 4)", f"{NAME}, fold 1 (2 of 4)", "2d, fold 0 (3 of 4)", "2d, fold 1 (4 of 4)"
+        f"{NAME}, fold 0", f"{NAME}, fold 1", "2d, fold 0", "2d, fold 1"
     ]  # fmt: skip
     assert (outcome.workspace.root / "report.html").is_file()
     moved = Path(shutil.move(outcome.model, tmp_path / "anywhere.zip"))
@@ -102,10 +121,8 @@ def test_a_stopped_run_goes_on_where_it_was(dataset, tmp_path):
         stop=lambda: len(steps) >= STEPS + 2,
     )  # fmt: skip
     assert not stopped.finished and stopped.selection is None
-    done = [
-        task for task in find_tasks(stopped.plan, stopped.workspace) if is_done(task, stopped.plan, stopped.workspace)
-    ]
-    assert done == [Task(NAME, "0")]
+    contest = Contest(stopped.plan, stopped.workspace, find_folds(stopped.plan, stopped.workspace))
+    assert [row.task for row in contest.rows() if row.state == "done"] == [Task(NAME, "0")]
     assert run(dataset, workspace=tmp_path / "ws", device="cpu").finished
     straight = tmp_path / "straight"
     shutil.copy(
@@ -161,15 +178,15 @@ import autoseg.experiment_planning.planner as planner
 from autoseg.experiment import run
 from test_experiment import two_candidates
 root = Path(sys.argv[1])
-plan = two_candidates(root)
+plan = two_candidates(root, 8)
 planner.plan_experiment = lambda *_, **__: plan
 run(root, workspace=Path(sys.argv[2]), device="cpu", on_part=lambda part: print(part, flush=True))
 """
 
 
-def test_hard_kills_lose_nothing_and_change_nothing(dataset, tmp_path):
+def test_hard_kills_lose_nothing_and_change_nothing(contested, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED.format(tests=str(ROOT / "tests")), str(dataset), str(tmp_path / "ws")]
+    command = [sys.executable, "-c", KILLED.format(tests=str(ROOT / "tests")), str(contested), str(tmp_path / "ws")]
     random = np.random.default_rng(0)
     kills = 0
     for _ in range(12):
@@ -186,14 +203,71 @@ def test_hard_kills_lose_nothing_and_change_nothing(dataset, tmp_path):
         if process.returncode == 0:
             break
     assert kills
-    outcome = run(dataset, workspace=tmp_path / "ws", device="cpu")
+    outcome = run(contested, workspace=tmp_path / "ws", device="cpu")
     assert outcome.finished and not list(outcome.workspace.root.rglob("*.partial.*"))
-    straight = Workspace.of(dataset, tmp_path / "straight")
+    straight = Workspace.of(contested, tmp_path / "straight")
     straight.root.mkdir(parents=True)
     shutil.copy(outcome.workspace.folds, straight.folds)
-    expected = weights(run(dataset, workspace=tmp_path / "straight", device="cpu").workspace)
+    expected = weights(run(contested, workspace=tmp_path / "straight", device="cpu").workspace)
     found = weights(outcome.workspace)
+    assert found.keys() == expected.keys() and (outcome.workspace.models / "rungs" / "0.json").is_file()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, configuration: str) -> None:
+    """Let a configuration predict its held-out cases at random, whatever it has learned."""
+    import autoseg.experiment as experiment
+
+    original = experiment.validate
+
+    def validate(dataset_root: Path, plan: Plan, name: str, fold: str, *, workspace: Workspace, **options: object):
+        scores = original(dataset_root, plan, name, fold, workspace=workspace, **options)
+        kept = Store(workspace.fold(name, fold) / "validation" / "probabilities")
+        truth = Store(workspace.store(plan.configuration(name).preprocessing))
+        for case in kept.cases():
+            entry = kept.entry(case)
+            label = truth.entry(case).read("label")[0]
+            right = np.stack([label == k for k in range(3)]).astype(np.float16)
+            answer = np.random.default_rng(0).permutation(right, axis=1) if name == configuration else right
+            arrays = {array: answer for array in entry.arrays}
+            kept.write(case, arrays, entry.geometry, {}, source=entry.source)
+        return scores
+
+    monkeypatch.setattr(experiment, "validate", validate)
+
+
+def test_a_candidate_that_is_beaten_is_trained_no_further(contested, tmp_path, monkeypatch):
+    spoil(monkeypatch, "2d")
+    parts, states = [], []
+    outcome = run(
+        contested, workspace=tmp_path / "ws", device="cpu", on_part=parts.append,
+        on_rows=lambda rows, running: states.append({f"{row.task}": row.state for row in rows}),
+    )  # fmt: skip
+    assert [part for part in parts if "fold" in part] == [
+        f"{NAME}, fold 0, a part of its training", "2d, fold 0, a part of its training",
+        "comparing 2 candidates: fold 0 at 25 % of its training", *[part for part in parts if "2d.dropped" in part],
+        f"{NAME}, fold 0", f"{NAME}, fold 1",
+    ]  # fmt: skip
+    assert states[-1] == {
+        f"{NAME}, fold 0": "done", f"{NAME}, fold 1": "done", "2d, fold 0": "dropped", "2d, fold 1": "dropped"
+    }  # fmt: skip
+    assert not outcome.workspace.fold("2d", "1").exists()
+    content = json.loads(outcome.workspace.selection.read_text())
+    (rung,) = content["rungs"]
+    assert rung["leader"] == NAME and rung["cases"] == LEAST_CASES
+    (loser,) = [standing for standing in rung["standings"] if standing["dropped"]]
+    assert loser["contender"] == "2d" and loser["high"] < 0 and loser["trained_seconds"] > 0
+    assert outcome.selection is not None and outcome.selection.cases == 2 * LEAST_CASES
+    assert Selection.load(outcome.workspace.selection) == outcome.selection
+    assert "2d.dropped" in outcome.workspace.report.read_text()
+
+
+def test_who_is_not_beaten_is_trained_to_the_end_and_as_if_there_had_been_no_comparison(contested, tmp_path):
+    outcome = run(contested, workspace=tmp_path / "ws", device="cpu")
+    assert outcome.selection is not None and [rung.dropped for rung in outcome.selection.rungs] == [frozenset()] * 2
+    found = weights(outcome.workspace)
+    assert {name.rpartition("/")[0].partition("/now")[0] for name in found} >= {"2d/fold_0", f"{NAME}/fold_1"}
+    assert [int(found[f"{name}/fold_0/now/step"]) for name in ("2d", NAME)] == [8, 8]
 
 
 def test_the_time_is_divided_over_the_folds_that_are_left(dataset, tmp_path):

@@ -22,10 +22,10 @@ LAYERS = (
     {"files", "units", "locks", "charts", "page", "integrity", "executor", "device"},
     {"geometry", "image", "labels"},
     {"dataset", "plan", "acquisition"},
-    {"workspace", "networks", "metrics"},
+    {"workspace", "networks", "metrics", "forecast"},
     {"checkpoint"},
 )
-FACE = {"cli", "screen", "pipeline", "experiment", "demo", "report", "results", "__main__"}
+FACE = {"cli", "screen", "pipeline", "experiment", "contest", "agenda", "demo", "report", "results", "__main__"}
 STAGE_MAY_IMPORT = {
     "preprocessing": {"core"},
     "training": {"preprocessing", "core"},

@@ -1,7 +1,8 @@
 """Predicted and reference label files -> `Evaluation`: scores by case and class, means with intervals, JSON, table.
 
-Reads label maps in any format of `autoseg.image`, and super-resolved images with the true fine ones. The JSON holds no
-NaN: what has no value (both masks empty, or an infinite distance because one is) is null.
+Reads label maps in any format of `autoseg.image`, and super-resolved images with the true fine ones. Scores are taken
+on the reference's grid: a prediction on another grid of the same extent is brought there as validation does. The JSON
+holds no NaN: what has no value (both masks empty, or an infinite distance because one is) is null.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from autoseg.dataset import DATASET_JSON
 from autoseg.errors import AutosegError, DatasetError, PredictionError
 from autoseg.executor import map_cases
 from autoseg.files import read_json, write_json
-from autoseg.geometry import corner_distance
-from autoseg.image import Image, read_image
+from autoseg.geometry import corner_distance, extent_distance
+from autoseg.image import Grid, Image, read_image
 from autoseg.labels import Labels
 from autoseg.metrics import IMAGE_METRICS, METRICS, TOLERANCE_MM, Metric, score_images, score_masks
 
@@ -32,7 +33,7 @@ ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".png", ".tif", 
 RESAMPLES = 2000  # bootstrap samples of the cases
 CONFIDENCE = 0.95
 SEED = 0  # the same scores give the same intervals
-GRID_TOLERANCE = 0.5  # voxels by which corresponding corners may be apart; beyond it the two files show other places
+GRID_TOLERANCE = 0.5  # voxels (the smaller ones) by which corners may be apart; beyond it the files show other places
 TABLE_COLUMNS = ("dice", "iou", "nsd", "hd95", "assd", "volume_error_ml", "volume_error_ratio")
 
 IMAGE_SUFFIX, FIRST_CHANNEL = "_image", "_0000"  # CASE_image.nii.gz is compared with CASE_0000.nii.gz or CASE.nii.gz
@@ -94,6 +95,8 @@ class Evaluation:
     """What a reader of the scores must know."""
     images: dict[str, ImageScores] = field(default_factory=dict)
     """Of super-resolved images, by case and metric; nan where there is nothing to compare, inf where they are equal."""
+    brought: dict[str, str] = field(default_factory=dict)
+    """Cases whose prediction lay on another grid than its reference, with that grid; scored on the reference's."""
 
     @property
     def image_mean(self) -> dict[str, Statistic]:
@@ -131,6 +134,8 @@ class Evaluation:
             "missing": list(self.missing),
             "extra": list(self.extra),
         }
+        if self.brought:
+            content["brought_to_the_reference_grid"] = self.brought
         if self.images:
             mean = {metric: vars(statistic) for metric, statistic in self.image_mean.items()}
             content["images"] = {"metrics": _descriptions(IMAGE_METRICS), "mean": mean, "cases": self.images}
@@ -149,7 +154,15 @@ class Evaluation:
         if not rows and not self.images and self.note:
             return self.note
         tables = [_table(rows, self.tolerance_mm)] if rows or not self.images else []
-        return "\n\n".join([*tables, *([_image_table(self.image_mean)] if self.images else [])])
+        tables += [_image_table(self.image_mean)] if self.images else []
+        return "\n\n".join([*tables, *([self._brought_line()] if self.brought else [])])
+
+    def _brought_line(self) -> str:
+        case, grid = next(iter(self.brought.items()))
+        return (
+            f"Scored on the references' grids; {len(self.brought)} of {len(self.cases or self.images)} predictions lie "
+            f"on others and were brought there, such as {case} ({grid})."
+        )
 
     def problems(self) -> tuple[str, ...]:
         """One sentence for each case that was not scored."""
@@ -225,7 +238,7 @@ def evaluate_image_folders(
             f"None of the {len(given)} images in {predictions} has a reference of the same name in {references} "
             f"({len(expected)} files, such as {next(iter(expected.values())).name}); check the two folders."
         )
-    images, failed = _score_all(score_image_pair, pairs, workers=workers, progress=progress)
+    images, brought, failed = _score_all(score_image_pair, pairs, workers=workers, progress=progress)
     return Evaluation(
         classes=(),
         cases={},
@@ -236,11 +249,12 @@ def evaluate_image_folders(
         extra=tuple(case for case in sorted(given) if case not in expected),
         tolerance_mm=TOLERANCE_MM,
         images=dict(sorted(images.items())),
+        brought=brought,
     )
 
 
-def score_image_pair(pair: Pair) -> ImageScores:
-    """The scores of one super-resolved image by metric.
+def score_image_pair(pair: Pair) -> tuple[ImageScores, str]:
+    """The scores of one super-resolved image by metric; and its grid where it was brought to the reference's, or "".
 
     Raises DatasetError or PredictionError where a file cannot be read or the two do not fit together.
     """
@@ -250,8 +264,8 @@ def score_image_pair(pair: Pair) -> ImageScores:
             f"Case {pair.case}: the image {pair.prediction} has {prediction.channels} channels, its reference "
             f"{reference.channels}; compare the same channels."
         )
-    _check_same_grid(pair, prediction, reference)
-    return score_image(prediction.array, reference.array)
+    prediction, brought = _on_grid_of(reference, prediction, pair, labels=False)
+    return score_image(prediction.array, reference.array), brought
 
 
 def score_image(prediction: NDArray[Any], reference: NDArray[Any]) -> ImageScores:
@@ -273,7 +287,7 @@ def evaluate_pairs(
 ) -> Evaluation:
     """Score the pairs, in parallel; a case that cannot be scored is named, the others are finished."""
     score = partial(score_pair, labels=labels, tolerance_mm=tolerance_mm)
-    cases, failed = _score_all(score, pairs, workers=workers, progress=progress)
+    cases, brought, failed = _score_all(score, pairs, workers=workers, progress=progress)
     classes = labels.names if labels else _occurring_classes(cases.values())
     cases = {case: _with_absent_classes(cases[case], classes) for case in sorted(cases)}
     by_class, mean = _statistics(cases, classes)
@@ -287,14 +301,20 @@ def evaluate_pairs(
         extra=tuple(extra),
         tolerance_mm=tolerance_mm,
         note=note,
+        brought=brought,
     )
 
 
 def _score_all(
-    score: Callable[[Pair], Scored], pairs: Sequence[Pair], *, workers: int, progress: Callable[[str], None] | None
-) -> tuple[dict[str, Scored], dict[str, str]]:
-    """What `score` gives for each case, in parallel; and the sentence of each case that cannot be scored."""
+    score: Callable[[Pair], tuple[Scored, str]],
+    pairs: Sequence[Pair],
+    *,
+    workers: int,
+    progress: Callable[[str], None] | None,
+) -> tuple[dict[str, Scored], dict[str, str], dict[str, str]]:
+    """The scores of each case, in parallel; what was brought from which grid; the sentence of each that failed."""
     scored: dict[str, Scored] = {}
+    brought: dict[str, str] = {}
     failed: dict[str, str] = {}
     for index, result in map_cases(score, pairs, workers=workers, names=[pair.case for pair in pairs]):
         case = pairs[index].case
@@ -304,21 +324,25 @@ def _score_all(
         elif isinstance(result, Exception):
             raise result
         else:
-            scored[case] = result
+            scored[case], grid = result
+            brought |= {case: grid} if grid else {}
         if progress:
             progress(case)
-    return scored, failed
+    return scored, dict(sorted(brought.items())), failed
 
 
-def score_pair(pair: Pair, *, labels: Labels | None, tolerance_mm: float) -> Scores:
-    """The scores of one case by class and metric; voxels with the ignore label are left out of both.
+def score_pair(pair: Pair, *, labels: Labels | None, tolerance_mm: float) -> tuple[Scores, str]:
+    """The scores of one case by class and metric; and its grid where it was brought to the reference's, or "".
 
-    Raises DatasetError or PredictionError where a file cannot be read or the two do not fit together.
+    Voxels with the ignore label are left out of both. Raises DatasetError or PredictionError where a file cannot be
+    read or the two do not fit together.
     """
     reference, prediction = read_image(pair.reference), read_image(pair.prediction)
-    _check_fit(pair, prediction, reference)
+    _check_channels(pair, prediction, reference)
     truth = _whole_numbers(reference, pair.case, pair.reference, labels)
     answer = _whole_numbers(prediction, pair.case, pair.prediction, labels)
+    on_grid, brought = _on_grid_of(reference, prediction.with_array(answer), pair, labels=True)
+    answer = on_grid.array[0]
     if labels is not None and labels.ignore is not None:
         ignored = truth == labels.ignore
         truth, answer = np.where(ignored, 0, truth), np.where(ignored, 0, answer)
@@ -335,7 +359,7 @@ def score_pair(pair: Pair, *, labels: Labels | None, tolerance_mm: float) -> Sco
             tolerance_mm=tolerance_mm,
             plane=plane,
         )
-    return scores
+    return scores, brought
 
 
 def find_labels(*folders: Path) -> Labels | None:
@@ -404,27 +428,48 @@ def _named(case: str, sentence: str) -> str:
     return sentence if case in sentence else f"Case {case}: {sentence}"
 
 
-def _check_fit(pair: Pair, prediction: Image, reference: Image) -> None:
+def _check_channels(pair: Pair, prediction: Image, reference: Image) -> None:
     if prediction.channels != 1 or reference.channels != 1:
         broken, image = (pair.prediction, prediction) if prediction.channels != 1 else (pair.reference, reference)
         raise PredictionError(
             f"Case {pair.case}: {broken} has {image.channels} channels, a label file has one; is it an image?"
         )
-    _check_same_grid(pair, prediction, reference)
 
 
-def _check_same_grid(pair: Pair, prediction: Image, reference: Image) -> None:
-    if prediction.shape != reference.shape:
-        raise PredictionError(
-            f"Case {pair.case}: the prediction {pair.prediction} has {_by(prediction.shape)} voxels (z, y, x), its "
-            f"reference {_by(reference.shape)}; predict on the image that was labelled, or resample one of them."
-        )
-    apart = corner_distance(reference.grid, prediction.grid)
+def _on_grid_of(reference: Image, prediction: Image, pair: Pair, *, labels: bool) -> tuple[Image, str]:
+    """The prediction on the reference's grid; and its own, in words, where that is another one of the same extent.
+
+    Raises PredictionError where the two show different places.
+    """
+    if _is_same_grid(prediction.grid, reference.grid):
+        return prediction, ""
+    # torch is imported only where a grid differs
+    from autoseg.inference.grids import bring_image, bring_label, turn_like
+
+    turned, wanted = turn_like(prediction, reference.grid), reference.grid
+    apart = max(extent_distance(turned.grid, wanted), extent_distance(wanted, turned.grid))
     if apart > GRID_TOLERANCE:
+        hint = "the origins are equal, where the outer faces should be; " if _is_at_origin(turned.grid, wanted) else ""
         raise PredictionError(
-            f"Case {pair.case}: the prediction {pair.prediction} lies elsewhere in the world than its reference "
-            f"(corners {apart:.1f} voxels apart: spacing, origin or direction differ); resample one of them."
+            f"Case {pair.case}: the prediction {pair.prediction} lies elsewhere in the world than its reference: their "
+            f"outer faces are {apart:.1f} voxels apart, up to {GRID_TOLERANCE:g} is allowed ({_grid(prediction.grid)}; "
+            f"reference {_grid(wanted)}); {hint}predict on the image that was labelled, or resample one of them."
         )
+    if not _is_same_grid(turned.grid, wanted):
+        turned = bring_label(turned, wanted) if labels else bring_image(turned, wanted)
+    return turned, _grid(prediction.grid)
+
+
+def _is_same_grid(grid: Grid, other: Grid) -> bool:
+    return grid.shape == other.shape and corner_distance(other, grid) <= GRID_TOLERANCE
+
+
+def _is_at_origin(grid: Grid, other: Grid) -> bool:
+    return grid.spacing != other.spacing and bool(np.allclose(grid.origin, other.origin))
+
+
+def _grid(grid: Grid) -> str:
+    return f"{_by(grid.shape)} voxels of {'x'.join(f'{spacing:.4g}' for spacing in grid.spacing)} mm"
 
 
 def _whole_numbers(image: Image, case: str, path: Path, labels: Labels | None) -> Integers:

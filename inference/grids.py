@@ -1,25 +1,30 @@
-"""Two geometries of one case -> what lies between their network grids: the grid to ask for, probabilities moved over.
+"""Two grids of one case -> what lies between them: the grid to ask for; probabilities, labels and images moved over.
 
 A network reads one grid and may answer on a finer one; an ensemble has members that answer on several; labels may be
-asked for on the image's own grid. All of these are grids over the same piece of the world, turned alike.
+asked for on the image's own grid, and are compared on that of the true ones. All of these are grids over the same piece
+of the world, and what is on one comes to another in one way: means over coarser voxels, linear interpolation elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autoseg.geometry import first_face_and_spacing
+from autoseg.acquisition import apply_along
+from autoseg.geometry import canonical_axes, first_face_and_spacing, turn_array, turn_grid
+from autoseg.image import Grid, Image
 from autoseg.inference.sliding_window import DECIMALS, MAX_RAM_BYTES, empty_logits
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.preprocessing.case import CaseGeometry
 
 SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1, so that their logarithm stays a number float16 holds
 SAME_VOXELS = 1e-4  # positions this close are the same
+TIE = 1e-5  # shares of a voxel this close are equal: sums of float32
 
 
 def grid_between(source: CaseGeometry, target: CaseGeometry) -> OutputGrid:
@@ -29,11 +34,16 @@ def grid_between(source: CaseGeometry, target: CaseGeometry) -> OutputGrid:
     """
     if (source.permutation, source.flips) != (target.permutation, target.flips):
         raise ValueError(f"axes are turned by {source.permutation} {source.flips} and {target.permutation}")
-    face, spacing = first_face_and_spacing(source.network)
-    target_face, target_spacing = first_face_and_spacing(target.network)
+    return _between(source.network, target.network)
+
+
+def _between(source: Grid, target: Grid) -> OutputGrid:
+    """The voxels of `target` seen from `source`, which is turned alike."""
+    face, spacing = first_face_and_spacing(source)
+    target_face, target_spacing = first_face_and_spacing(target)
     sz, sy, sx = (round(float(s), DECIMALS) for s in spacing / target_spacing)
     z, y, x = (round(float(s), DECIMALS) for s in (target_face - face) / target_spacing)
-    return OutputGrid(target.network_shape, (sz, sy, sx), (z, y, x))
+    return OutputGrid(target.shape, (sz, sy, sx), (z, y, x))
 
 
 def bring_logits(
@@ -60,6 +70,53 @@ def bring_logits(
             mean = moved.clamp(SMALLEST, 1 - SMALLEST)
             result[:, plane] = mean.logit() if regions else mean.log()
     return result
+
+
+def turn_like(image: Image, grid: Grid) -> Image:
+    """The same voxels with array axes in the order and the senses of those of `grid`, or as nearly as there are."""
+    relative = np.linalg.solve(np.asarray(grid.direction), np.asarray(image.grid.direction))
+    turn = canonical_axes(relative.tolist())
+    return Image(turn_array(image.array, *turn), turn_grid(image.grid, *turn))
+
+
+def bring_image(image: Image, grid: Grid) -> Image:
+    """Every channel (Z, Y, X) of an image on another grid, turned alike: float32."""
+    matrices = _matrices(image, grid)
+    array = np.empty((image.channels, *grid.shape), np.float32)
+    for channel, volume in zip(array, image.array, strict=True):
+        moved = torch.from_numpy(np.ascontiguousarray(volume, np.float32))
+        for axis, matrix in enumerate(matrices):
+            moved = apply_along(moved, matrix, axis)
+        channel[...] = moved.numpy()
+    return Image(array, grid)
+
+
+def bring_label(label: Image, grid: Grid) -> Image:
+    """A label (1, Z, Y, X) of integers from 0 on another grid, turned alike: the value with the largest share.
+
+    The shares are what `bring_logits` makes of probabilities that are 0 or 1; the smaller value wins a tie.
+    """
+    from scipy import sparse
+
+    z, *plane = (matrix.numpy() for matrix in _matrices(label, grid))
+    y, x = (sparse.csr_array(matrix) for matrix in plane)
+    result = np.zeros(grid.shape, label.array.dtype)
+    for row, winner in zip(z, result, strict=True):
+        used = np.flatnonzero(row)
+        band, share = label.array[0, used[0] : used[-1] + 1], np.zeros(grid.shape[1:], np.float32)
+        for value in np.unique(band):
+            mean = np.tensordot(row[used[0] : used[-1] + 1], (band == value).astype(np.float32), 1)
+            moved = (x @ (y @ mean).T).T
+            larger = moved > share + TIE
+            share[larger], winner[larger] = moved[larger], value
+    return Image(result[None], grid)
+
+
+def _matrices(image: Image, grid: Grid) -> list[Tensor]:
+    """What moves values along each axis; the directions may differ by rounding."""
+    source = replace(image.grid, direction=grid.direction)
+    axes = _between(source, grid).axes()
+    return [moving_matrix(size, *axis) for size, axis in zip(image.shape, axes, strict=True)]
 
 
 def moving_matrix(inputs: int, outputs: int, scale: float, start: float) -> Tensor:

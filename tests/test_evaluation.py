@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from autoseg.errors import PredictionError
-from autoseg.image import Grid, Image, write_image
+from autoseg.geometry import resample_grid, turn_array, turn_grid, voxels_to_world
+from autoseg.image import Grid, Image, read_image, write_image
 from autoseg.inference.evaluation import Pair, evaluate_folders, evaluate_image_folders, evaluate_pairs
 from autoseg.labels import Labels
 
@@ -165,6 +166,83 @@ def test_a_prediction_that_does_not_fit_is_refused_in_a_sentence(folders, array,
     assert len(evaluation.cases) == 3
 
 
+# ---- predictions on a grid of their own
+
+OBLIQUE = ((0.0, 0.6, 0.8), (0.0, -0.8, 0.6), (1.0, 0.0, 0.0))  # columns: array axes z, y, x in the world's (z, y, x)
+
+
+def ball(grid: Grid) -> np.ndarray:
+    """Each voxel's value at its place in the world: a ball of 13 mm, with one of 5 mm in it."""
+    apart = voxels_to_world(grid, np.argwhere(np.ones(grid.shape))) - (31.0, 29.0, 30.0)
+    radius = np.linalg.norm(apart, axis=1).reshape(grid.shape)
+    return ((radius < 13) + 1 * (radius < 5)).astype(np.uint8)
+
+
+def compare(tmp_path: Path, prediction: Grid, reference: Grid, *, turn=None):
+    """The evaluation of the ball on one grid against the ball on another."""
+    for name, grid in (("answer", prediction), ("truth", reference)):
+        image = Image(ball(grid)[None], grid)
+        if turn is not None and name == "answer":
+            image = Image(turn_array(image.array, *turn), turn_grid(grid, *turn))
+        (tmp_path / name).mkdir(exist_ok=True)
+        write_image(image, tmp_path / name / "ball.nii.gz")
+    return evaluate_folders(tmp_path / "answer", tmp_path / "truth", labels=Labels.from_json(LABELS))
+
+
+@pytest.mark.parametrize("direction", [((1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0)), OBLIQUE])
+@pytest.mark.parametrize("turn", [None, ((2, 0, 1), (True, False, True))])
+@pytest.mark.parametrize(
+    ("factor", "least"), [((4, 1, 1), 0.95), ((2.5, 1.5, 1), 0.93), ((0.5, 0.5, 1), 0.82), ((2, 0.5, 1), 0.9)]
+)
+def test_a_prediction_on_another_grid_is_scored_on_that_of_its_reference(tmp_path, direction, turn, factor, least):
+    middle = voxels_to_world(Grid((15, 30, 30), (4.0, 2.0, 2.0), direction=direction), np.array([[7, 14.5, 14.5]]))[0]
+    truth = Grid((15, 30, 30), (4.0, 2.0, 2.0), tuple(np.array((31.0, 29.0, 30.0)) - middle), direction)
+    answer = resample_grid(truth, tuple(round(n * f) for n, f in zip(truth.shape, factor, strict=True)))
+    evaluation = compare(tmp_path, answer, truth, turn=turn)
+    assert evaluation.complete, evaluation.problems()
+    assert evaluation.cases["ball"]["organ"]["dice"] > least
+    assert evaluation.cases["ball"]["organ"]["assd"] < 1  # mm; taken on the reference's grid
+    shape = answer.shape if turn is None else tuple(answer.shape[axis] for axis in turn[0])
+    assert f"{shape[0]}x{shape[1]}x{shape[2]} voxels of " in evaluation.brought["ball"]
+    assert evaluation.table().splitlines()[-1].startswith("Scored on the references' grids; 1 of 1 predictions lie on")
+    assert evaluation.to_json()["brought_to_the_reference_grid"] == evaluation.brought
+
+
+def test_a_fine_prediction_fills_a_voxel_where_it_fills_most_of_it(tmp_path):
+    fine = np.zeros((8, 4, 4), np.uint8)
+    fine[1:4] = 1  # three quarters of the first thick slice
+    fine[4:6] = 2  # half of the second: background has as much
+    thick = np.zeros((2, 4, 4), np.uint8)
+    thick[0] = 1
+    write(tmp_path / "answer" / "case.nii.gz", fine, spacing=(1.0, 1.0, 1.0))
+    write(tmp_path / "truth" / "case.nii.gz", thick, spacing=(4.0, 1.0, 1.0), origin=(1.5, 0.0, 0.0))
+    evaluation = evaluate_folders(tmp_path / "answer", tmp_path / "truth")
+    assert evaluation.cases["case"]["1"]["dice"] == 1 and list(evaluation.cases["case"]) == ["1"]
+    assert evaluation.cases["case"]["1"]["volume_error_ml"] == 0
+
+
+def test_predictions_on_the_reference_grid_are_said_to_be_nothing_else(folders):
+    evaluation = evaluate_folders(*folders)
+    assert not evaluation.brought and "brought" not in str(evaluation.to_json()) + evaluation.table()
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        (Grid((24, 12, 12), (0.75, 1.0, 1.0)), "1.5 voxels apart"),  # equal origins: outer faces differ
+        (Grid((24, 12, 12), (0.75, 1.0, 1.0)), "the origins are equal"),
+        (Grid((22, 12, 12), (0.75, 1.0, 1.0), (-1.125, 0.0, 0.0)), "2.0 voxels apart"),
+        (Grid((24, 12, 12), (0.75, 1.0, 1.0), (98.875, 0.0, 0.0)), "133.3 voxels apart"),
+        (Grid((24, 12, 12), (0.75, 1.0, 1.0), (-1.125, 0.0, 0.0), OBLIQUE), "lies elsewhere in the world"),
+    ],
+)
+def test_a_prediction_of_another_extent_is_refused_in_a_sentence(folders, grid, words):
+    write_image(Image(np.zeros((1, *grid.shape), np.uint8), grid), folders[0] / "case_0.nii.gz")
+    evaluation = evaluate_folders(*folders)
+    assert words in evaluation.failed["case_0"] and f"{grid.shape[0]}x12x12 voxels" in evaluation.failed["case_0"]
+    assert len(evaluation.cases) == 3 and "\n" not in evaluation.failed["case_0"]
+
+
 def test_whole_numbers_stored_as_floats_are_labels(folders):
     write(folders[0] / "case_0.nii.gz", label_map().astype(np.float32))
     assert evaluate_folders(*folders).cases["case_0"]["organ"]["dice"] == 1
@@ -252,6 +330,17 @@ def test_images_that_do_not_fit_are_named_and_the_others_scored(image_folders):
     assert evaluation.missing == ("case_7",) and evaluation.extra == ("case_2",)
     with pytest.raises(PredictionError, match="same name"):
         evaluate_image_folders(image_folders[0], write(image_folders[1] / "x" / "z.nii.gz", label_map()).parent)
+
+
+def test_a_finer_image_is_compared_by_its_means_over_the_voxels_of_the_true_one(image_folders, tmp_path):
+    truth = read_image(image_folders[1] / "case_0_0000.nii.gz")
+    fine = np.repeat(truth.array[0], 3, axis=0) + np.tile(np.float32([-1, 0, 1]), 6)[:, None, None]
+    path = image_folders[0] / "case_0_image.nii.gz"
+    write(path, fine.astype(np.float32), spacing=(1.0, 1.0, 1.0), origin=(-1.0, 0.0, 0.0))
+    evaluation = evaluate_image_folders(*image_folders)
+    assert evaluation.images["case_0"]["psnr"] > 100  # the means are exact but for rounding
+    assert evaluation.brought == {"case_0": "18x14x14 voxels of 1x1x1 mm"}
+    assert "1 of 3 predictions" in evaluation.table()
 
 
 def test_images_beside_predicted_labels_are_no_predictions_too_many(folders):

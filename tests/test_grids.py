@@ -1,4 +1,4 @@
-"""Between network grids of one case: every voxel at its place in the world, and probabilities that stay means."""
+"""Between grids of one case: every voxel at its place in the world, and shares that stay means."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoseg.geometry import voxels_to_world
-from autoseg.image import Grid
-from autoseg.inference.grids import bring_logits, grid_between, moving_matrix
+from autoseg.geometry import corner_distance, turn_array, turn_grid, voxels_to_world
+from autoseg.image import Grid, Image
+from autoseg.inference.grids import bring_image, bring_label, bring_logits, grid_between, moving_matrix, turn_like
 from autoseg.preprocessing.case import CaseGeometry, fine_geometry
 
 
@@ -104,3 +104,48 @@ def test_on_the_same_grid_logits_are_returned_as_they_are():
     assert bring_logits(logits, fine, replace(fine), regions=False) is logits
     there = bring_logits(torch.randn(2, *coarse.network_shape), coarse, fine, regions=False)
     assert there.shape == (2, *fine.network_shape)
+
+
+def test_a_label_comes_to_a_coarser_grid_as_the_probabilities_of_validation_do():
+    rng = np.random.default_rng(1)
+    fine, coarse = Grid((12, 9, 10), (1.0, 1.0, 2.0)), Grid((3, 6, 10), (4.0, 1.5, 2.0), (1.5, 0.25, 0.0))
+    array = rng.integers(0, 3, fine.shape).astype(np.uint8)
+    brought = bring_label(Image(array[None], fine), coarse)
+    source, target = (
+        CaseGeometry(grid, (0, 1, 2), (False,) * 3, tuple((0, n) for n in grid.shape), grid.shape)
+        for grid in (fine, coarse)
+    )
+    sure = torch.from_numpy(np.eye(3, dtype=np.float32)[array]).permute(3, 0, 1, 2) * 50
+    shares = bring_logits(sure, source, target, regions=False).softmax(0)
+    first, second = shares.topk(2, dim=0).values
+    clear = (first - second > 1e-3).numpy()  # elsewhere two values share the voxel, and the smaller one is taken
+    assert 0.5 < clear.mean() < 1
+    np.testing.assert_array_equal(brought.array[0][clear], shares.argmax(0).numpy()[clear])
+
+
+def test_the_smaller_value_wins_a_tie():
+    label = np.array([3, 1, 0, 2, 2, 0], np.uint8).reshape(1, 6, 1, 1)
+    brought = bring_label(Image(label, Grid((6, 1, 1))), Grid((3, 1, 1), (2.0, 1.0, 1.0), (0.5, 0.0, 0.0)))
+    assert brought.array.ravel().tolist() == [1, 0, 0] and brought.array.dtype == np.uint8
+
+
+def test_an_image_comes_to_a_coarser_grid_by_means_and_to_a_finer_one_by_interpolation():
+    ramp = np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1)
+    coarse = Grid((2, 1, 1), (4.0, 1.0, 1.0), (1.5, 0.0, 0.0))
+    down = bring_image(Image(ramp, Grid((8, 1, 1))), coarse)
+    assert down.array.ravel().tolist() == [1.5, 5.5]
+    shifted = bring_image(Image(ramp, Grid((8, 1, 1), origin=(0.25, 0.0, 0.0))), coarse)
+    assert shifted.array.ravel().tolist() == [(0 * 1.25 + 1 + 2 + 3 * 0.75) / 4, (3 * 0.25 + 4 + 5 + 6 + 7 * 0.75) / 4]
+    up = bring_image(down, Grid((8, 1, 1)))
+    assert up.array.ravel().tolist() == [1.5, 1.5, 2, 3, 4, 5, 5.5, 5.5]
+
+
+@settings(max_examples=50, deadline=None)
+@given(geometries(), st.permutations(range(3)), st.tuples(*[st.booleans()] * 3))
+def test_an_image_turned_like_another_has_every_voxel_where_it_was(geometry, permutation, flips):
+    grid = geometry.original
+    array = np.random.default_rng(0).normal(size=(1, *grid.shape))
+    turned = Image(turn_array(array, permutation, flips), turn_grid(grid, permutation, flips))
+    back = turn_like(turned, grid)
+    np.testing.assert_array_equal(back.array, array)
+    assert back.grid.shape == grid.shape and corner_distance(grid, back.grid) < 1e-6

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from autoseg.errors import DatasetError, unknown_choice
 from autoseg.files import read_json
-from autoseg.geometry import corner_distance, extent_distance, outer_faces
+from autoseg.geometry import corner_distance, extent_distance, outer_faces, share_covered
 from autoseg.image import DETACHED_ENDINGS, FORMATS, PICTURE_ENDINGS, Grid, Image, read_image
 from autoseg.labels import Labels
 
@@ -37,6 +37,10 @@ SAME_EXTENT_VOXELS = 0.5
 """Labels on a grid of their own: how far its outer corners may lie from the image's, in voxels of the label."""
 
 LABEL_GRIDS = ("image", "own")
+CHANNEL_GRIDS = ("image", "own")
+
+LEAST_OVERLAP = 0.5
+"""Share of the image that a channel on a grid of its own must cover: less is a wrong header or another body part."""
 
 FLOAT32_EXACT = 2**24  # whole numbers up to here keep their value as float32
 
@@ -69,6 +73,8 @@ class RawDataset:
     label_grid: str = "image"
     """`image`: labels lie on the grid of their image; `own`: on a finer one over the same extent ("label_grid" of
     dataset.json)."""
+    reference_channels: tuple[int, ...] = ()
+    """Numbers of the channels that lie on grids of their own ("channel_grids" of dataset.json)."""
 
     @classmethod
     def load(cls, root: Path) -> RawDataset:
@@ -110,6 +116,7 @@ def list_cases(root: Path) -> Listing:
         raise DatasetError(f"{root / DATASET_JSON}: must be a JSON object, got {type(content).__name__}.")
     channels, ending = _channels(root, content), _file_ending(root, content)
     labels, label_grid = _labels(root, content), _label_grid(root, content)
+    references = _reference_channels(root, content, channels, ending)
     labelled = bool(labels.names)
     if not labelled:
         _check_no_labels(root)
@@ -132,7 +139,7 @@ def list_cases(root: Path) -> Listing:
         for identifier, found in test_problems.items():
             log.warning("Case %s of %s is left out: %s.", identifier, TEST_IMAGES, "; ".join(found))
     name = root.resolve().name
-    dataset = RawDataset(root, name, channels, labels, ending, tuple(cases), tuple(tests), label_grid)
+    dataset = RawDataset(root, name, channels, labels, ending, tuple(cases), tuple(tests), label_grid, references)
     announced = content.get("numTraining")
     return Listing(dataset, unusable, stray, test_problems, announced if isinstance(announced, int) else None)
 
@@ -157,6 +164,11 @@ def read_case_noting(case: Case, dataset: RawDataset) -> tuple[Image, Image | No
     except DatasetError as error:
         raise DatasetError(f"Case {case.identifier}: {error}") from error
     return image, label, tuple(notes)
+
+
+def main_image(case: Case, dataset: RawDataset) -> Path:
+    """The file of the first channel that is not a reference: its grid is the case's."""
+    return next(path for number, path in enumerate(case.images) if number not in dataset.reference_channels)
 
 
 def require_foreground(dataset: RawDataset, annotated: Iterable[str]) -> None:
@@ -221,6 +233,31 @@ def _label_grid(root: Path, content: Mapping[str, Any]) -> str:
     if which not in LABEL_GRIDS:
         raise DatasetError(f"{root / DATASET_JSON}: {unknown_choice('label_grid', which, LABEL_GRIDS)}")
     return str(which)
+
+
+def _reference_channels(
+    root: Path, content: Mapping[str, Any], channels: Sequence[str], ending: str
+) -> tuple[int, ...]:
+    where, grids = root / DATASET_JSON, content.get("channel_grids", {})
+    if not isinstance(grids, Mapping):
+        raise DatasetError(f'{where}: "channel_grids" must be an object such as {{"1": "own"}}, got {grids!r}.')
+    for number, which in grids.items():
+        if number not in map(str, range(len(channels))):
+            known = [str(known) for known in range(len(channels))]
+            raise DatasetError(f"{where}: channel_grids: {unknown_choice('channel', number, known)}")
+        if which not in CHANNEL_GRIDS:
+            raise DatasetError(f"{where}: channel_grids: {unknown_choice('grid', str(which), CHANNEL_GRIDS)}")
+    references = tuple(number for number in range(len(channels)) if grids.get(str(number)) == "own")
+    if references and len(references) == len(channels):
+        raise DatasetError(
+            f'{where}: "channel_grids" gives every channel a grid of its own; leave at least one on "image", the grid '
+            "that is segmented."
+        )
+    if references and ending.lower() in PICTURE_ENDINGS:
+        raise DatasetError(
+            f'{where}: "channel_grids" needs files that know their place in the world, {ending} does not; use .nii.gz.'
+        )
+    return references
 
 
 # ---- files of the cases
@@ -349,11 +386,14 @@ def _all_problems(listing: Listing) -> str:
 def read_channels(case: Case, dataset: RawDataset, notes: list[str]) -> Image:
     """All channels (C, Z, Y, X) as float32 on the grid of the first; what is odd but usable is added to `notes`.
 
-    Raises DatasetError naming the file.
+    Those that lie on grids of their own are `references` of the image. Raises DatasetError naming the file.
     """
     files, expected = case.images, len(dataset.channels)
-    if len(files) not in (1, expected):
+    if len(files) not in (1, expected) or (dataset.reference_channels and len(files) != expected):
         raise DatasetError(f"{len(files)} image files, expected {expected} ({', '.join(dataset.channels)}).")
+    references = [_read_reference(files[number], dataset) for number in dataset.reference_channels]
+    files = tuple(path for number, path in enumerate(files) if number not in dataset.reference_channels)
+    expected = len(files) if references else expected
     first = read_image(files[0])
     components = expected if len(files) == 1 else 1
     _check_components(files[0], first, components, dataset)
@@ -367,7 +407,34 @@ def read_channels(case: Case, dataset: RawDataset, notes: list[str]) -> Image:
         with np.errstate(over="ignore"):
             stacked[number : number + image.channels] = image.array
         _check_finite(path, stacked[number : number + image.channels])
-    return Image(stacked, first.grid)
+    for number, reference in zip(dataset.reference_channels, references, strict=True):
+        check_overlap(first.grid, reference.grid, str(case.images[number]))
+    return Image(stacked, first.grid, tuple(references))
+
+
+def _read_reference(path: Path, dataset: RawDataset) -> Image:
+    """A channel (1, Z, Y, X) float32 on its own grid."""
+    image = read_image(path)
+    _check_components(path, image, 1, dataset)
+    _check_finite(path, image.array)
+    with np.errstate(over="ignore"):
+        array = image.array.astype(np.float32)
+    _check_finite(path, array)
+    return Image(array, image.grid)
+
+
+def check_overlap(image: Grid, reference: Grid, name: str) -> None:
+    """Refuse a reference that does not cover most of the image; `name` begins the sentence. Raises DatasetError."""
+    share = share_covered(image, reference)
+    if share >= LEAST_OVERLAP:
+        return
+    (first, last), (first_of_image, last_of_image) = outer_faces(reference), outer_faces(image)
+    much = "does not overlap the image" if share == 0 else f"covers {share:.0%} of the image"
+    raise DatasetError(
+        f"{name}: the reference channel {much}, expected at least {LEAST_OVERLAP:.0%}: it lies from {_rounded(first)} "
+        f"to {_rounded(last)} mm (z, y, x), the image from {_rounded(first_of_image)} to {_rounded(last_of_image)} mm; "
+        "correct the header, or register both."
+    )
 
 
 def _check_components(path: Path, image: Image, expected: int, dataset: RawDataset) -> None:
@@ -468,9 +535,9 @@ def read_label(case: Case, grid: Grid | None, dataset: RawDataset, notes: list[s
         )
     own_grid = dataset.label_grid == "own"
     if grid is not None and own_grid:
-        _check_same_extent(path, label.grid, case.images[0], grid)
+        _check_same_extent(path, label.grid, main_image(case, dataset), grid)
     elif grid is not None:
-        _check_same_place(path, label.grid, case.images[0], grid, notes)
+        _check_same_place(path, label.grid, main_image(case, dataset), grid, notes)
     array = label.array
     if array.dtype.kind == "f":
         _check_finite(path, array)

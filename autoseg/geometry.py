@@ -25,6 +25,8 @@ Flips = tuple[bool, bool, bool]
 Box = tuple[slice, slice, slice]
 Direction = tuple[Triple, Triple, Triple]
 
+OVERLAP_POINTS = 24  # along each axis at which it is asked whether one grid covers another
+SAME_FACE = 1e-3  # voxels: headers hold rounded numbers
 POSITIVE_ENDS = "SPL"  # where world axes z, y, x (LPS) point to
 NEGATIVE_ENDS = "IAR"
 
@@ -168,6 +170,28 @@ def extent_distance(grid: Grid, other: Grid) -> float:
     there = voxels_to_world(other, corners * np.asarray(other.shape) - 0.5)
     steps = np.asarray(other.direction) * np.asarray(other.spacing)
     return float(np.abs(np.linalg.solve(steps, (here - there).T)).max())
+
+
+def between_grids(grid: Grid, other: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(matrix, offset) that take a voxel position of `grid` to the same place as a position of `other`.
+
+    position of other = matrix (3, 3) @ position of grid + offset (3,); both count from the first voxel's centre.
+    """
+    steps = np.asarray(grid.direction) * np.asarray(grid.spacing)
+    other_steps = np.asarray(other.direction) * np.asarray(other.spacing)
+    matrix = np.linalg.solve(other_steps, steps)
+    offset = np.linalg.solve(other_steps, np.subtract(grid.origin, other.origin))
+    return np.asarray(matrix, dtype=np.float64), np.asarray(offset, dtype=np.float64)
+
+
+def share_covered(grid: Grid, other: Grid) -> float:
+    """The share of the extent of `grid` that lies within the outer faces of `other`, 0 to 1; to about 1 %."""
+    along = (np.arange(OVERLAP_POINTS) + 0.5) / OVERLAP_POINTS
+    points = np.stack(np.meshgrid(*(along * size - 0.5 for size in grid.shape), indexing="ij"), -1).reshape(-1, 3)
+    matrix, offset = between_grids(grid, other)
+    places = points @ matrix.T + offset
+    inside = (places >= -0.5 - SAME_FACE) & (places <= np.asarray(other.shape) - 0.5 + SAME_FACE)
+    return float(inside.all(axis=1).mean())
 
 
 def first_face_and_spacing(grid: Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -68,6 +68,8 @@ class Image:
     array: NDArray[np.generic]
     """(C, Z, Y, X), any numeric dtype."""
     grid: Grid = field(repr=False)
+    references: tuple[Image, ...] = ()
+    """Channels of the same case that lie on grids of their own, one image (1, Z, Y, X) each."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

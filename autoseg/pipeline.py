@@ -319,6 +319,7 @@ def trained_configuration(plan: Plan, place: Workspace) -> str:
     return names[0]
 
 
+        ("channels on grids of their own", plan.reference_channels, dataset.reference_channels),
 def _shown(value: object) -> str:
     if isinstance(value, Labels):
         pairs = zip(value.names, value.values, strict=True)

@@ -41,6 +41,10 @@ BIAS_CORRECTION = "n4+"  # before a scheme's name: the bias field is corrected f
 MOST_VOXELS = 2**31  # of a batch; no GPU holds the features of so many
 LARGEST_SCALE = 8.0  # of super-resolution: the largest that has been shown to work at all (Dual-ArbNet)
 HIGHEST_ORDER = 5  # of the splines that scipy has
+# no network that trains anywhere comes near these; beyond them building one takes for ever
+MOST_STAGES, MOST_CONVOLUTIONS, MOST_FEATURES, LARGEST_KERNEL = 32, 64, 2**14, 31
+SPACINGS = (1e-6, 1e6)  # mm; from microscopes to more than a patient
+SPARSE = {"sparse": True}  # of a field that is not written where it has its default: plans without it keep their id
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,16 @@ class Normalization:
 
 
 @dataclass(frozen=True)
+class ReferenceGrid:
+    """Channels that lie on a grid of their own, and the grid that they are brought to: the image's extent, as fine."""
+
+    channels: tuple[int, ...]
+    """Their numbers among the plan's channels, rising."""
+    spacing: Vector
+    """Target (z, y, x) in mm after `axis_order`."""
+
+
+@dataclass(frozen=True)
 class PreprocessingSettings:
     """Raw case -> array the network sees. Equal settings share one store."""
 
@@ -82,13 +96,26 @@ class PreprocessingSettings:
     axis_order: Shape
     """Which canonical axis comes first, second, third: puts the coarsest axis first."""
     normalization: tuple[Normalization, ...]
-    """One for each channel."""
+    """One for each channel, references included."""
     crop_to_nonzero: bool = True
     """Whether the border in which every channel is zero is cut away."""
     image_order: int = 3
     """Spline order for images."""
     label_scale: Vector = (1.0, 1.0, 1.0)
     """Image spacing / label spacing along (z, y, x): above 1 where labels lie on a finer grid than the image's."""
+    reference: ReferenceGrid | None = dataclasses.field(default=None, metadata=SPARSE)
+    """Channels on a grid of their own; None where all share one."""
+
+    @property
+    def image_normalization(self) -> tuple[Normalization, ...]:
+        """Of the channels that share the image's grid."""
+        apart = self.reference.channels if self.reference else ()
+        return tuple(n for number, n in enumerate(self.normalization) if number not in apart)
+
+    @property
+    def reference_normalization(self) -> tuple[Normalization, ...]:
+        """Of the channels on a grid of their own."""
+        return tuple(self.normalization[number] for number in (self.reference.channels if self.reference else ()))
 
     @property
     def store_id(self) -> str:
@@ -146,6 +173,8 @@ class Architecture:
     """Super-resolved image channels, which follow the class logits in the finest output; 0: no image head."""
     reference_channels: int = 0
     """Channels of an image on a grid of its own that joins through the fusion block; 0: none."""
+    reference_scale: Vector = dataclasses.field(default=(1.0, 1.0, 1.0), metadata=SPARSE)
+    """Input spacing / reference spacing along (z, y, x) at `head_scale`: above 1 where the reference is finer."""
 
     @property
     def halo(self) -> int:
@@ -159,6 +188,12 @@ class Architecture:
         for stride in self.strides:
             product = [p * s for p, s in zip(product, stride, strict=True)]
         return (product[0], product[1], product[2])
+
+    def reference_shape(self, patch: Shape, scale: Vector) -> Shape:
+        """Reference voxels (z, y, x) over a patch of the input grid, without its halo, that is answered at `scale`."""
+        sizes = zip(patch, self.reference_scale, scale, self.head_scale, strict=True)
+        z, y, x = (max(1, round(size * finer * s / largest)) for size, finer, s, largest in sizes)
+        return (z, y, x)
 
 
 @dataclass(frozen=True)
@@ -294,6 +329,12 @@ class Plan:
     """Hash of the fingerprint that the plan was made from."""
     version: int = PLAN_VERSION
 
+    @property
+    def reference_channels(self) -> tuple[int, ...]:
+        """Numbers of the channels that lie on grids of their own."""
+        reference = self.configurations[0].preprocessing.reference
+        return reference.channels if reference else ()
+
     def configuration(self, name: str) -> Configuration:
         """The configuration of that name. Raises PlanError listing the planned ones."""
         for configuration in self.configurations:
@@ -400,12 +441,35 @@ def _network_problem(c: Configuration, plan: Plan) -> str | None:
 
 
 def _topology_problem(c: Configuration) -> str | None:
+    problem = _reference_problem(c)
+    if problem:
+        return problem
     a = c.architecture
     flat = c.topology != "3d"
     if flat and (c.patch_size[0] != 1 or any(kernel[0] != 1 for kernel in a.kernels)):
         return f"a {c.topology} configuration needs patch_size and kernels of 1 along z, got patch {list(c.patch_size)}"
     expected = {"2.5d_stack": "stack", "2.5d_reduce": "reduce"}.get(c.topology, "none")
     if a.context != expected:
+def _reference_problem(c: Configuration) -> str | None:
+    """Whether network and store agree on the channels that lie on a grid of their own, and both can have them."""
+    a, grid = c.architecture, c.preprocessing.reference
+    planned = len(grid.channels) if grid else 0
+    if a.reference_channels != planned:
+        return f"reference_channels must be {planned}, as preprocessing has it, got {a.reference_channels}"
+    if grid is None:
+        return None
+    if sorted(set(grid.channels)) != list(grid.channels) or not set(grid.channels) <= set(
+        range(len(c.preprocessing.normalization))
+    ):
+        return f"reference channels must be numbers of channels, rising, got {list(grid.channels)}"
+    if not all(0 < s < math.inf for s in (*grid.spacing, *a.reference_scale)):
+        return f"reference spacing and reference_scale must be positive, got {list(grid.spacing)}"
+    if c.previous_stage or c.sr_source == "self":
+        which = "a cascade" if c.previous_stage else "self-supervision"
+        return f"{which} does not take a reference channel on a grid of its own"
+    return None
+
+
         return f"a {c.topology} configuration needs context '{expected}', got '{a.context}'"
     if a.context_slices < 1 or a.context_slices % 2 == 0 or (a.context_slices > 1) != (expected != "none"):
         least = "1" if expected == "none" else "an odd number from 3"
@@ -521,7 +585,10 @@ T = TypeVar("T")
 def to_json(value: Any) -> Any:
     """Dataclasses, tuples and dicts as plain JSON content."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        kept = (
+            f for f in dataclasses.fields(value) if "sparse" not in f.metadata or getattr(value, f.name) != f.default
+        )
+        return {f.name: to_json(getattr(value, f.name)) for f in kept}
     if isinstance(value, dict):
         return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

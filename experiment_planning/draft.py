@@ -90,6 +90,11 @@ def check_names(fingerprint: Fingerprint, configurations: Sequence[str] | None) 
                 f"Configuration {name} answers with labels alone, and {fingerprint.dataset} has none; plan "
                 f"{' or '.join(SUPER_RESOLVED_FORMS)} instead."
             )
+        if fingerprint.reference_channels and name == "3d_cascade":
+            raise PlanError(
+                f"Configuration 3d_cascade does not take a reference channel on a grid of its own, and "
+                f"{fingerprint.dataset} has one; plan 3d_fullres or 3d_sr instead."
+            )
         if fingerprint.dimensions == 2 and name not in ("2d", "2d_sr"):
             raise PlanError(
                 f"Configuration {name} needs volumes; the images of {fingerprint.dataset} are 2D, plan '2d' instead."

@@ -12,7 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,19 @@ from autoseg.dataset import Case, RawDataset, read_case, require_foreground
 from autoseg.errors import AutosegError, DatasetError
 from autoseg.executor import map_cases
 from autoseg.files import read_json, write_json
-from autoseg.geometry import canonical_axes, nonzero_box, orientation_code, turn_array
+from autoseg.geometry import (
+    canonical_axes,
+    crop_grid,
+    nonzero_box,
+    orientation_code,
+    permute_grid,
+    turn_array,
+    turn_grid,
+)
+from autoseg.image import Grid, Image
 from autoseg.labels import Labels
-from autoseg.plan import Shape, Vector, from_json, to_json
+from autoseg.plan import SPARSE, Shape, Vector, from_json, to_json
+from autoseg.preprocessing.resample import resample_onto
 
 FINGERPRINT_VERSION = 1
 INTENSITY_SEED = 1234  # of the voxels drawn for the statistics
@@ -71,6 +81,8 @@ class CaseFingerprint:
     """CRC-32 of the voxels: equal in cases whose images are the same, which must not be parted by a fold."""
     label_scale: Vector = (1.0, 1.0, 1.0)
     """Image / label spacing (z, y, x), in canonical orientation: above 1 where labels lie on a finer grid."""
+    reference_spacing: Vector | None = field(default=None, metadata=SPARSE)
+    """(z, y, x) in mm, in canonical orientation, of the channels on grids of their own: along each axis the finest."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,14 @@ class Fingerprint:
     cases: tuple[CaseFingerprint, ...]
     dropped_cases: tuple[str, ...] = ()
     """Left out because the user said so."""
+    reference_channels: tuple[int, ...] = field(default=(), metadata=SPARSE)
+    """Numbers of the channels that lie on grids of their own; no rule but their own looks at their geometry."""
     version: int = FINGERPRINT_VERSION
+
+    @property
+    def image_channels(self) -> tuple[str, ...]:
+        """The channels that share the image's grid."""
+        return tuple(name for number, name in enumerate(self.channels) if number not in self.reference_channels)
 
     @cached_property
     def id(self) -> str:
@@ -202,6 +221,9 @@ def measure_case(case: Case, *, dataset: RawDataset, quota: int, class_quota: in
         mask = _on_grid(whole, before)[(slice(None), *box)][0]
         counted = np.isin(mask, dataset.labels.foreground_values)
     spacing = tuple(float(image.grid.spacing[axis]) for axis in permutation)
+    if image.references:
+        grid = crop_grid(turn_grid(image.grid, permutation, flips), box)
+        pixels = _with_references(pixels, image.references, grid, dataset.reference_channels)
     random = np.random.default_rng(INTENSITY_SEED)
     structures = [_structure(pixels, mask, dataset.labels, name, class_quota, random) for name in dataset.labels.names]
     return CaseMeasurement(
@@ -218,6 +240,7 @@ def measure_case(case: Case, *, dataset: RawDataset, quota: int, class_quota: in
             ),
             image_checksum=zlib.crc32(np.ascontiguousarray(image.array).data),
             label_scale=_ratio(labelled, before),
+            reference_spacing=_finest_spacing(image.references),
         ),
         dimensions=2 if min(before) == 1 else 3,
         foreground=_draw(pixels, counted, quota, random),
@@ -236,6 +259,24 @@ def above_padding(pixels: NDArray[Any]) -> NDArray[np.bool_]:
     lowest = pixels.min(axis=(1, 2, 3), keepdims=True)
     found: NDArray[np.bool_] = (pixels > lowest).any(axis=0)
     return found
+
+
+def _with_references(
+    pixels: NDArray[Any], references: Sequence[Image], grid: Grid, numbers: Sequence[int]
+) -> NDArray[np.float32]:
+    """All channels (C, Z, Y, X) in the dataset's order; those of `numbers` as they show on the image's `grid`."""
+    own, brought = iter(pixels), (resample_onto(reference, grid, order=1)[0] for reference in references)
+    channels = range(len(pixels) + len(references))
+    return np.stack([next(brought) if number in numbers else next(own) for number in channels])
+
+
+def _finest_spacing(references: Sequence[Image]) -> Vector | None:
+    """Along each canonical axis the finest of the references' spacings, in mm; None without any."""
+    if not references:
+        return None
+    found = [permute_grid(r.grid, canonical_axes(r.grid.direction)[0]).spacing for r in references]
+    z, y, x = (float(s) for s in np.min(found, axis=0))
+    return z, y, x
 
 
 @dataclass(frozen=True)
@@ -338,6 +379,7 @@ def summarize(
         mirrored_pairs=find_mirrored_pairs(dataset.labels.names, cases),
         cases=cases,
         dropped_cases=dropped,
+        reference_channels=dataset.reference_channels,
     )
 
 

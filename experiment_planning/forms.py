@@ -62,6 +62,17 @@ class Form:
         return self.context_slices // 2
 
     @property
+    def reference_scale(self) -> Vector:
+        """Input spacing at `head_scale` / spacing of the channels on a grid of their own, in the order of the frame."""
+        reference = self.preprocessing.reference
+        if reference is None:
+            return (1.0, 1.0, 1.0)
+        spacing = in_frame(reference.spacing, frame_of(self.view_axis))
+        largest = (own * head / s for own, head, s in zip(self.spacing, self.head_scale, self.sr_scale, strict=True))
+        z, y, x = (float(f"{own / other:.6g}") for own, other in zip(largest, spacing, strict=True))
+        return z, y, x
+
+    @property
     def head_scale(self) -> Vector:
         """The largest scale that the head answers for, in the order of the frame."""
         if self.sr_range is None:
@@ -73,7 +84,7 @@ class Form:
 def preprocessing_settings(grid: GridRules, spacing: Vector, *, dimensions: int) -> PreprocessingSettings:
     """How cases are brought to `spacing`; slices stay as they are in 2D."""
     target = (None, *spacing[1:]) if dimensions == 2 else spacing
-    return PreprocessingSettings(target, grid.axis_order, grid.normalization)
+    return PreprocessingSettings(target, grid.axis_order, grid.normalization, reference=grid.reference)
 
 
 def slices_form(name: str, grid: GridRules, topology: str, context_slices: int = 1) -> Form:

@@ -11,7 +11,7 @@ import numpy as np
 from autoseg.experiment_planning import topology as rules
 from autoseg.experiment_planning.fingerprint import Fingerprint
 from autoseg.experiment_planning.notes import Notes, sizes
-from autoseg.plan import Normalization, Shape, Vector
+from autoseg.plan import Normalization, ReferenceGrid, Shape, Vector
 
 MASK_SHARE = 0.25  # of the voxels removed by cropping from which on z-scores are taken inside the mask (nnU-Net's)
 NORMALIZATION_OF = {
@@ -40,6 +40,8 @@ class GridRules:
     spacings: tuple[Vector, ...]
     """Of the cases, after `axis_order`."""
     mirror_axes: tuple[int, ...]
+    reference: ReferenceGrid | None = None
+    """Channels on a grid of their own."""
 
     def median_shape(self, spacing: Sequence[float | None]) -> Shape:
         """Median (z, y, x) of the cases on a target spacing; None leaves an axis as it is."""
@@ -85,7 +87,26 @@ def plan_grid(fingerprint: Fingerprint, notes: Notes, *, expected: Vector | None
         shapes=shapes,
         spacings=spacings,
         mirror_axes=choose_mirroring(fingerprint, order, notes),
+        reference=plan_reference(fingerprint, order, notes),
     )
+
+
+def plan_reference(fingerprint: Fingerprint, order: Shape, notes: Notes) -> ReferenceGrid | None:
+    """The grid of the channels that lie on grids of their own: the median of their spacings; None without any."""
+    spacings = [case.reference_spacing for case in fingerprint.cases if case.reference_spacing is not None]
+    if not spacings:
+        return None
+    z, y, x = (float(f"{np.median([s[axis] for s in spacings]):.6g}") for axis in order)
+    named = " and ".join(f"'{fingerprint.channels[number]}'" for number in fingerprint.reference_channels)
+    images = sizes(_ordered(fingerprint.median_spacing, order))
+    notes.add(
+        "reference",
+        {"channels": fingerprint.reference_channels, "spacing": (z, y, x)},
+        f"dataset.json says that {named} lies on a grid of its own: it is kept at {sizes((z, y, x))} mm, the median of "
+        f"{len(spacings)} cases, over the extent of the images ({images} mm), and joins the network's features "
+        "on the output grid; no other rule looks at it.",
+    )
+    return ReferenceGrid(fingerprint.reference_channels, (z, y, x))
 
 
 def target_spacing(spacings: Sequence[Vector], shapes: Sequence[Shape], *, dimensions: int, notes: Notes) -> Vector:

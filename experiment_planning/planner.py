@@ -268,7 +268,7 @@ class Planner:
             else "labels are finer than the images, so there is no truth for an image.",
         )
         if form.resolution.acquisition is not None:
-            because = why_acquisition(form.resolution.acquisition, self.fingerprint.channels)
+            because = why_acquisition(form.resolution.acquisition, self.fingerprint.image_channels)
             self.notes.add(f"{name}.acquisition", form.resolution.acquisition, because)
         thick = self._thick_cases(form.resolution)
         if thick:
@@ -394,6 +394,9 @@ class Planner:
         requested = asked and bool({"3d_lowres", "3d_cascade"} & set(wanted))
         if asked and not requested:
             return None
+        if self.grid.reference and not requested:
+            self.notes.add("lowres", False, "a cascade does not take a reference channel on a grid of its own.")
+            return None
         patch_voxels, full_voxels = math.prod(full.patch_size), math.prod(full.median_shape)
         seen = patch_voxels / full_voxels
         if seen >= rules.LOWRES_SHARE and not requested:
@@ -453,7 +456,7 @@ class Planner:
     def forecast(self, configuration: Configuration) -> Forecast:
         """What a configuration will cost."""
         estimate = self.measure(configuration.architecture, configuration.batch_size, configuration.patch_size)
-        channels = len(self.fingerprint.channels)
+        channels = len(self.fingerprint.image_channels)
         spacing = configuration.preprocessing.spacing
         voxels = sum(math.prod(self.grid.shape_on(i, spacing)) for i in range(len(self.grid.shapes)))
         finer = math.prod(configuration.preprocessing.label_scale) if self.fingerprint.labels.names else 0
@@ -473,12 +476,20 @@ class Planner:
         )
         return Forecast(
             memory_bytes=estimate.peak_bytes,
-            disk_bytes=int(voxels * (4 * channels + 2 * finer) * COMPRESSION),
+            disk_bytes=int(voxels * (4 * channels + 2 * finer) * COMPRESSION) + self._reference_bytes(configuration),
             step_flops=estimate.step_flops,
             seconds_per_step=round(seconds, 4),
             fold_seconds=round(fold, 1),
             parameters=estimate.parameters,
         )
+
+    def _reference_bytes(self, configuration: Configuration) -> int:
+        """What the channels on a grid of their own take in the store."""
+        reference = configuration.preprocessing.reference
+        if reference is None:
+            return 0
+        voxels = sum(math.prod(self.grid.shape_on(i, reference.spacing)) for i in range(len(self.grid.shapes)))
+        return int(4 * len(reference.channels) * voxels * COMPRESSION)
 
     def with_length(self, configuration: Configuration, forecast: Forecast) -> Configuration:
         """The configuration with the length of its training written in."""
@@ -746,13 +757,14 @@ class Builder:
         """What makes two networks of the same kernels differ in time."""
         form, resolution = self.form, self.form.resolution
         answers = None if resolution is None else (resolution.segments, resolution.restores_images)
-        return form.dimensions, form.previous_stage, form.context, form.context_slices, form.head_scale, answers
+        kind = form.dimensions, form.previous_stage, form.context, form.context_slices, form.head_scale, answers
+        return (*kind, form.preprocessing.reference, form.reference_scale)
 
     def architecture(self, topology: Topology, width: int) -> Architecture:
         """The U-Net of a topology: features double with each stage, two convolutions each."""
         form, resolution = self.form, self.form.resolution
         labels, stages = self.fingerprint.labels, topology.stages
-        channels = len(self.fingerprint.channels)
+        channels = len(self.fingerprint.image_channels)
         segments = resolution is None or resolution.segments
         return Architecture(
             input_channels=channels + (len(labels.names) if form.previous_stage else 0),
@@ -767,6 +779,8 @@ class Builder:
             head="plain" if resolution is None else "subpixel",
             head_scale=form.head_scale,
             image_channels=channels if resolution is not None and resolution.restores_images else 0,
+            reference_channels=len(self.fingerprint.reference_channels),
+            reference_scale=form.reference_scale,
         )
 
 

@@ -231,6 +231,8 @@ class _Question:
         if self.ceiling is None:
             return None
         z, y, x = (scale[self.grid.axis_order.index(axis)] for axis in range(3))
+_NO_REFERENCE = "does not take a reference channel on a grid of its own"
+
         return self.ceiling((z, y, x))
 
     def says_ceiling(self, resolution: SuperResolution) -> str:
@@ -294,7 +296,7 @@ def _with_source(question: _Question, resolution: SuperResolution, because: str)
     if all(paired[axis] >= scale[axis] * (1 - SNAP) for axis in scaled):
         return replace(resolution, source="paired"), because
     if all(data[axis] <= output[axis] * (1 + SNAP) for axis in scaled) or question.fine_cases(output[0] * TWICE):
-        return replace(resolution, acquisition=choose_acquisition(question.fingerprint.channels, scale)), because
+        return replace(resolution, acquisition=choose_acquisition(question.fingerprint.image_channels, scale)), because
     pixel = max(data[1:])
     if question.fingerprint.dimensions == 3 and scaled == [0] and pixel <= output[0] * SMALLEST_SCALE:
         return _self_supervised(question, scale[0], output[0]), because
@@ -320,6 +322,11 @@ def _from_finer_labels(question: _Question) -> _Answer:
 
 def _from_finer_cases(question: _Question) -> _Answer:
     """Mixed data: enough cases are twice as fine as the median one."""
+        if question.fingerprint.reference_channels:
+            raise PlanError(
+                f"Answers on {sizes(output)} mm (slices first) could be learned from {question.fingerprint.dataset} by "
+                f"self-supervision alone, which {_NO_REFERENCE}; leave that channel out, or give finer labels."
+            )
     spacings = [spacing[0] for spacing in question.grid.spacings]
     median = float(np.median(spacings))
     fine = question.fine_cases(median)
@@ -337,7 +344,7 @@ def _from_finer_cases(question: _Question) -> _Answer:
     spread = (round(low, 4), round(high, 4)) if (thick[-1] - thick[0]) / median > SPREAD else None
     output = (target, *question.grid.spacing[1:])
     factors = (scale, 1.0, 1.0)
-    acquisition = choose_acquisition(question.fingerprint.channels, factors)
+    acquisition = choose_acquisition(question.fingerprint.image_channels, factors)
     because = (
         f"{count} of {len(spacings)} cases have slices of about {target:g} mm, twice as thin as the median's "
         f"{median:g} mm or thinner: they show what the others miss"
@@ -375,7 +382,9 @@ def _from_the_plane(question: _Question) -> _Answer:
 
 
 def _self_supervised(question: _Question, scale: float, pixel: float) -> SuperResolution:
-    channels, factors = question.fingerprint.channels, (scale, 1.0, 1.0)
+    if question.fingerprint.reference_channels:
+        return f"self-supervision {_NO_REFERENCE}"
+    channels, factors = question.fingerprint.image_channels, (scale, 1.0, 1.0)
     output = (pixel, pixel, pixel)
     return SuperResolution("self", factors, output, choose_acquisition(channels, factors), question.task)
 

@@ -32,6 +32,7 @@ from autoseg.dataset import (
     RawDataset,
     label_values,
     list_cases,
+    main_image,
     read_channels,
     read_label,
 )
@@ -212,7 +213,7 @@ def examine_case(job: tuple[Case, bool], *, dataset: RawDataset) -> Finding:
     problems += [Problem(name, WARNING, f"{sentence}.", fixable=True) for sentence in notes]
     if errors or image is None:
         return Finding(name, test, tuple(problems))
-    for number, channel in enumerate(image.array):
+    for number, channel in _channels(image, dataset):
         if channel.min() == channel.max():
             sentence = f"channel {number} ({dataset.channels[number]}) has the same value {channel.min():g} everywhere."
             problems.append(Problem(name, WARNING, sentence))
@@ -235,6 +236,14 @@ def examine_case(job: tuple[Case, bool], *, dataset: RawDataset) -> Finding:
     )
 
 
+def _channels(image: Image, dataset: RawDataset) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Every channel (Z, Y, X) with its number, those on grids of their own too."""
+    own = [number for number in range(len(dataset.channels)) if number not in dataset.reference_channels]
+    yield from zip(own, image.array, strict=True)
+    for number, reference in zip(dataset.reference_channels, image.references, strict=True):
+        yield number, reference.array[0]
+
+
 def _named(case: Case, test: bool) -> str:
     return f"{TEST_IMAGES}/{case.identifier}" if test else case.identifier
 
@@ -251,15 +260,15 @@ def _read_both(
     if case.label is None:
         return image, None
     try:
-        label = read_label(case, image.grid if image else _grid_of_header(case), dataset, notes)
+        label = read_label(case, image.grid if image else _grid_of_header(case, dataset), dataset, notes)
     except DatasetError as error:
         errors.append(str(error))
     return image, label
 
 
-def _grid_of_header(case: Case) -> Any:
+def _grid_of_header(case: Case, dataset: RawDataset) -> Any:
     try:
-        return read_grid(case.images[0])
+        return read_grid(main_image(case, dataset))
     except DatasetError:
         return None
 
@@ -487,10 +496,10 @@ def copy_case(job: CopyJob, *, dataset: RawDataset, out: Path, repaired: frozens
     """Write one case to `out`; files that need no repair are copied byte for byte."""
     case, ending = job.case, dataset.file_ending
     mapping = consecutive_values(dataset)
-    grid = read_grid(case.images[0])
+    grid = read_grid(main_image(case, dataset))
     for number, path in enumerate(case.images):
         target = out / job.images / f"{case.identifier}_{number:0{CHANNEL_DIGITS}d}{ending}"
-        if number == 0 or read_grid(path) == grid:
+        if number in dataset.reference_channels or read_grid(path) == grid:
             _copy(path, target)
         else:
             write_image(Image(read_image(path).array, grid), target)

@@ -223,7 +223,14 @@ def _predict(
     kept: dict[str, NDArray[np.float16]] = {}
     for name, mirrored in ways.items():
         settings = PredictionSettings(mirroring=mirrored)
-        answer = predict_network_grid(model, held_out.image, grid=held_out.grid, settings=settings)
+        answer = predict_network_grid(
+            model,
+            held_out.image,
+            grid=held_out.grid,
+            reference=held_out.reference,
+            reference_grid=held_out.reference_grid,
+            settings=settings,
+        )
         if answer.logits is not None:
             logits = bring_logits(answer.logits, held_out.answered, held_out.scored, regions=regions)
             answer = answer._replace(logits=logits)

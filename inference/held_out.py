@@ -19,8 +19,8 @@ from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Configuration
 from autoseg.preprocessing.case import CaseGeometry, fine_geometry
 from autoseg.preprocessing.degradation import centre, degrade_entry, is_thick, masked_channels
-from autoseg.preprocessing.framed import turned_back
-from autoseg.preprocessing.store import StoreEntry
+from autoseg.preprocessing.framed import FramedEntry, turned_back
+from autoseg.preprocessing.store import REFERENCE, StoreEntry
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class HeldOutCase:
     """What is asked for of a super-resolving network, along the network axes."""
     truth: NDArray[np.float32] | None = None
     """The fine image (I, *grid.shape), in the units of `image`, where it is known."""
+    reference: NDArray[np.float32] | None = None
+    """(R, Z', Y', X'): channels on a grid of their own."""
+    reference_grid: OutputGrid | None = None
+    """Where the reference lies, seen from `image`; None: it covers just that."""
 
 
 def held_out_case(
@@ -47,6 +51,8 @@ def held_out_case(
     Raises StorageError where the store is damaged, PlanError where the case is too thin to be degraded.
     """
     held_out = SOURCES[configuration.sr_source](entry, configuration)
+    if configuration.preprocessing.reference is not None:
+        held_out = replace(held_out, reference=np.asarray(entry.read(REFERENCE), dtype=np.float32))
     if previous is None:
         return held_out
     seen = previous.read("label")[0]
@@ -76,11 +82,19 @@ def _thickened(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:
     asked = degraded.grid
     shape, scale, start = (turned_back(values, frame) for values in (asked.shape, asked.scale, asked.start))
     grid = OutputGrid(shape, scale, start)
+    apart = None
+    if REFERENCE in entry.arrays:
+        voxels = FramedEntry(entry).shape_of(REFERENCE)
+        finer = [n / m for n, m in zip(voxels, shape, strict=True)]  # than the stored image, which both grids cover
+        scales, starts = zip(
+            *((f * s, f * first) for f, s, first in zip(finer, scale, start, strict=True)), strict=True
+        )
+        apart = OutputGrid(voxels, scales, starts)
     fine = zip(_stored_image(entry), masked_channels(configuration), *degraded.moments, strict=True)
     truth = np.stack([centre(channel, mean, masked=masked) / np.float32(std) for channel, masked, mean, std in fine])
     scored = entry.label_geometry or entry.geometry
     known = None if is_thick(entry, configuration) else truth[: configuration.architecture.image_channels]
-    return HeldOutCase(np.ascontiguousarray(image), scored, scored, grid, known)
+    return HeldOutCase(np.ascontiguousarray(image), scored, scored, grid, known, reference_grid=apart)
 
 
 def _through_planes(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:

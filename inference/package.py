@@ -156,7 +156,10 @@ def _provenance(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 def _dataset(plan: Plan) -> dict[str, Any]:
     """The description of the data that the model takes, in the form of a raw dataset's."""
     channels = {str(number): name for number, name in enumerate(plan.channels)}
-    return {"name": plan.dataset, "channel_names": channels, **plan.labels.to_json(), "file_ending": plan.file_ending}
+    described: dict[str, Any] = {"name": plan.dataset, "channel_names": channels}
+    if plan.reference_channels:
+        described["channel_grids"] = {str(number): "own" for number in plan.reference_channels}
+    return {**described, **plan.labels.to_json(), "file_ending": plan.file_ending}
 
 
 def _write_zip(output: Path, files: Mapping[str, Path | bytes]) -> None:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoseg.checkpoint import Checkpoint
-from autoseg.dataset import Case, RawDataset, read_case
+from autoseg.dataset import Case, RawDataset, check_overlap, read_case
 from autoseg.device import autocast_dtype, resolve_device
-from autoseg.errors import CheckpointError, PredictionError
+from autoseg.errors import CheckpointError, DatasetError, PredictionError
 from autoseg.image import Grid, Image, Triple, image_ending
 from autoseg.inference.answer_grid import input_settings, output_geometry
 from autoseg.inference.chosen import Chosen
@@ -242,13 +242,22 @@ class Model:
     def read_case(self, case: Case) -> Image:
         """The image of a case's files. Raises DatasetError naming case and file."""
         plan = self.plan
-        reading = RawDataset(case.images[0].parent, plan.dataset, plan.channels, plan.labels, plan.file_ending, ())
+        reading = RawDataset(
+            case.images[0].parent,
+            plan.dataset,
+            plan.channels,
+            plan.labels,
+            plan.file_ending,
+            (),
+            reference_channels=plan.reference_channels,
+        )
         return read_case(case, reading)[0]
 
     def check(self, image: Image) -> Image:
         """The image as float32. Raises PredictionError where the model cannot take it."""
         channels = self.plan.channels
-        if image.channels != len(channels):
+        self._check_references(image)
+        if image.channels + len(image.references) != len(channels):
             raise PredictionError(
                 f"The image has {image.channels} channels, expected {len(channels)} ({', '.join(channels)}); give one "
                 "file for each channel, CASE_0000 to "
@@ -264,7 +273,23 @@ class Model:
             raise PredictionError(f"The image has voxels of type {array.dtype}, expected numbers.")
         if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
             raise PredictionError("The image has NaN or infinite voxels; replace them by a value that makes sense.")
-        return Image(array.astype(np.float32, copy=False), image.grid)
+        return replace(image, array=array.astype(np.float32, copy=False))
+
+    def _check_references(self, image: Image) -> None:
+        """Refuse an image without the channels that the model takes on grids of their own. Raises PredictionError."""
+        names = [self.plan.channels[number] for number in self.plan.reference_channels]
+        if len(image.references) != len(names):
+            raise PredictionError(
+                f"The image has {len(image.references)} reference channels on grids of their own, expected {len(names)}"
+                + (f" ({', '.join(names)}); give one file for each channel, or `Image.references`." if names else ".")
+            )
+        for name, reference in zip(names, image.references, strict=True):
+            try:
+                check_overlap(image.grid, reference.grid, f"'{name}'")
+            except DatasetError as error:
+                raise PredictionError(str(error)) from error
+            if reference.channels != 1 or not np.isfinite(reference.array.sum(dtype=np.float64)):
+                raise PredictionError(f"The reference '{name}' must be one channel without NaN or infinite voxels.")
 
     def preprocess(self, image: Image) -> PreprocessedCase:
         """The image on the grid that the network reads, with the way back."""
@@ -290,7 +315,8 @@ class Model:
             coarse = self.previous.predict(image, native=True, settings=settings)
             array = self.with_previous_labels(array, coarse, case.geometry)
         grid = grid_between(case.geometry, geometry) if self.configuration.super_resolves else None
-        own = CaseAnswer(predict_network_grid(self, array, grid=grid, settings=settings), geometry)
+        network_answer = predict_network_grid(self, array, grid=grid, reference=case.reference, settings=settings)
+        own = CaseAnswer(network_answer, geometry)
         if not self.partners or image is None:
             return own
         logits, _ = average_on_one_grid(
@@ -332,11 +358,14 @@ def predict_network_grid(
     image: NDArray[np.float32] | Tensor,
     *,
     grid: OutputGrid | None = None,
+    reference: NDArray[np.float32] | Tensor | None = None,
+    reference_grid: OutputGrid | None = None,
     settings: PredictionSettings | None = None,
 ) -> NetworkAnswer:
     """Logits (K, Z, Y, X) of a preprocessed `image` (C, Z, Y, X) float32, and the super-resolved image, on the CPU.
 
     `grid` is what is asked for of a super-resolving model, along the network axes; others answer on the image's grid.
+    A `reference` (R, Z', Y', X') lies on `reference_grid` as seen from the image, by default it covers just that.
     Of several folds or frames, logits whose probabilities are the mean of theirs, and the mean of the images. They run
     one after the other. In a cascade the channels of the previous stage must be there (`Model.with_previous_labels`).
     Raises PredictionError where the number of channels is not the network's, or there are too few slices.
@@ -351,10 +380,16 @@ def predict_network_grid(
             "(in a cascade: image channels and one for each foreground structure)."
         )
     _check_slices(configuration, array)
+    apart = None if reference is None else torch.as_tensor(reference)
+    if (0 if apart is None else len(apart)) != architecture.reference_channels:
+        raise PredictionError(
+            f"Configuration {configuration.name} takes {architecture.reference_channels} reference channels, got "
+            f"{0 if apart is None else len(apart)}."
+        )
     images: list[Tensor] = []  # their sum
 
     def class_logits() -> Iterator[Tensor]:
-        for member in _member_answers(model, array, grid, settings):
+        for member in _member_answers(model, array, grid, apart, reference_grid, settings):
             if architecture.image_channels:
                 part = member[architecture.output_channels :].float()
                 images[:] = [images[0] + part] if images else [part]
@@ -384,7 +419,12 @@ def _check_slices(configuration: Configuration, image: Tensor) -> None:
 
 
 def _member_answers(
-    model: Model, image: Tensor, grid: OutputGrid | None, settings: PredictionSettings
+    model: Model,
+    image: Tensor,
+    grid: OutputGrid | None,
+    reference: Tensor | None,
+    reference_grid: OutputGrid | None,
+    settings: PredictionSettings,
 ) -> Iterator[Tensor]:
     """(K + I, Z, Y, X) along the network axes from each fold, in each frame."""
     configuration = model.configuration
@@ -393,6 +433,8 @@ def _member_answers(
     voxels = int(np.prod(patch)) * architecture.context_slices
     if grid is not None:
         voxels = round(voxels * float(np.prod(grid.scale)))
+    if reference is not None:
+        voxels += int(np.prod(architecture.reference_shape(patch, configuration.sr_scale)))
     for network in model.networks:
         for frame in configuration.frames(training=False):
             answer = sliding_window_logits(
@@ -402,6 +444,8 @@ def _member_answers(
                 divisor=architecture.divisor,
                 halo=architecture.halo,
                 grid=None if grid is None else _in_frame(grid, frame),
+                reference=None if reference is None else reference.permute(0, *(axis + 1 for axis in frame)),
+                reference_grid=None if reference_grid is None else _in_frame(reference_grid, frame),
                 step_size=settings.step_size,
                 mirror_axes=_mirror_axes(configuration, settings),
                 batch_size=max(1, at_once // voxels),

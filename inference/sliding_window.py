@@ -7,7 +7,7 @@ float32 and one tile deep; the result is float16 when it is large.
 
 Tiles are counted in voxels of the input. What they answer for is counted in voxels of the output: those that lie in
 the tile, which are the same ones unless the network super-resolves. A network that sees neighbouring slices reads a
-halo of them before and after its tile.
+halo of them before and after its tile. Of a reference on a grid of its own it is given what lies in the tile.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from autoseg.acquisition import apply_along, interpolation_matrix
+from autoseg.networks.fusion import covering
 from autoseg.networks.upsampling import OutputGrid
 
 Shape = tuple[int, int, int]
@@ -87,6 +89,8 @@ def sliding_window_logits(
     divisor: Shape = (1, 1, 1),
     halo: int = 0,
     grid: OutputGrid | None = None,
+    reference: Tensor | None = None,
+    reference_grid: OutputGrid | None = None,
     step_size: float | Sequence[float] = 0.5,
     mirror_axes: Sequence[int] = (),
     batch_size: int = 1,
@@ -109,6 +113,10 @@ def sliding_window_logits(
     `network(tiles, grid)`, answers (B, K, *grid.shape), and the result is (K, *grid.shape). Outside of the image lie
     zeros, as in training; along axes that are refined its outermost voxel again, so that nothing is interpolated
     towards zero.
+
+    With a `reference` (R, Z', Y', X'), which lies on `reference_grid` as seen from the image and by default covers just
+    that, the network is called as `network(tiles, grid or None, references)`, where the references (B, R, ...) cover
+    what their tiles do, at about the spacing of the reference; outside of that they are 0.
     """
     device = device or image.device
     steps = (step_size,) * 3 if isinstance(step_size, int | float) else tuple(step_size)
@@ -123,6 +131,9 @@ def sliding_window_logits(
             tile_axis(n, patch=p, divisor=p, asked=o)
             for n, p, o in zip(image.shape[1:], patch_size, asked, strict=True)
         ]
+    apart = (
+        None if reference is None else _References(reference, reference_grid or covering(reference[None], image[None]))
+    )
     finer = [axis != (n, 1, 0) for n, axis in zip(image.shape[1:], asked, strict=True)]
     image = _pad(image, axes, halo=halo, repeat=finer)
     flips = mirror_flips(mirror_axes)
@@ -142,6 +153,7 @@ def sliding_window_logits(
             axes,
             halo=halo,
             super_resolves=grid is not None,
+            references=apart,
             tiles_at_once=max(1, batch_size // len(flips)),
             max_ram_bytes=max_ram_bytes,
         )
@@ -233,6 +245,37 @@ class _Tile:
     """(C, z, y, x), with halo."""
     grid: OutputGrid | None
     """What is asked for; None: the tile's own voxels."""
+    reference: Tensor | None
+    """(R, z', y', x') over the extent of the tile without its halo."""
+
+
+@dataclass(frozen=True)
+class _References:
+    """A reference and where it lies."""
+
+    image: Tensor
+    """(R, Z', Y', X')."""
+    grid: OutputGrid
+    """Its voxels, seen from the image."""
+
+    def over(self, first: Sequence[int], size: Sequence[int]) -> Tensor:
+        """The reference over `size` voxels of the image from voxel `first` on: linear, 0 outside of its faces."""
+        box, weights = [], []
+        for (voxels, scale, start), begin, length in zip(self.grid.axes(), first, size, strict=True):
+            outputs = max(1, round(length * scale))
+            step = length * scale / outputs
+            places = begin * scale - start + (np.arange(outputs) + 0.5) * step - 0.5
+            lowest, highest = np.clip((places[0], places[-1]), 0, voxels - 1)
+            side = slice(math.floor(lowest), math.ceil(highest) + 1)
+            start_here = round((places[0] - side.start + 0.5) / step - 0.5, DECIMALS)
+            matrix = interpolation_matrix(side.stop - side.start, outputs, 1 / step, start_here)
+            matrix[torch.from_numpy((places < -0.5 - TINY) | (places > voxels - 0.5 + TINY))] = 0
+            box.append(side)
+            weights.append(matrix)
+        part = self.image[:, box[0], box[1], box[2]]
+        for axis, matrix in enumerate(weights):
+            part = apply_along(part, matrix, axis)
+        return part
 
 
 def _accumulate(
@@ -242,6 +285,7 @@ def _accumulate(
     *,
     halo: int,
     super_resolves: bool,
+    references: _References | None,
     tiles_at_once: int,
     max_ram_bytes: int,
 ) -> Tensor:
@@ -257,7 +301,10 @@ def _accumulate(
     sums: _FinishedPlanes | None = None
     for at in range(0, len(places), tiles_at_once):
         group = places[at : at + tiles_at_once]
-        tiles = [_tile(image, axes, place, halo=halo, super_resolves=super_resolves) for place in group]
+        tiles = [
+            _tile(image, axes, place, halo=halo, super_resolves=super_resolves, references=references)
+            for place in group
+        ]
         for (i, j, k), answer in zip(group, _cached(evaluate, tiles, constant), strict=True):
             logits = answer if super_resolves else answer[every + (z.seen(i), y.seen(j), x.seen(k))]
             if len(places) == 1:
@@ -270,13 +317,23 @@ def _accumulate(
     return sums.finish()
 
 
-def _tile(image: Tensor, axes: Sequence[TileAxis], place: tuple[int, ...], *, halo: int, super_resolves: bool) -> _Tile:
+def _tile(
+    image: Tensor,
+    axes: Sequence[TileAxis],
+    place: tuple[int, ...],
+    *,
+    halo: int,
+    super_resolves: bool,
+    references: _References | None,
+) -> _Tile:
     z, y, x = (slice(axis.starts[i], axis.starts[i] + axis.size) for axis, i in zip(axes, place, strict=True))
     part = image[:, z.start : z.stop + 2 * halo, y, x]
+    first = [axis.starts[i] - axis.padding[0] for axis, i in zip(axes, place, strict=True)]
+    reference = None if references is None else references.over(first, [axis.size for axis in axes])
     if not super_resolves:
-        return _Tile(part, None)
+        return _Tile(part, None, reference)
     shape, scale, start = zip(*(axis.grid(i) for axis, i in zip(axes, place, strict=True)), strict=True)
-    return _Tile(part, OutputGrid(shape, scale, start))
+    return _Tile(part, OutputGrid(shape, scale, start), reference)
 
 
 class _FinishedPlanes:
@@ -334,10 +391,13 @@ def _cached(
     """The logits of each tile; one in which every channel is constant is computed once for each value and grid."""
     keys: list[tuple[Any, ...] | None] = []
     for tile in tiles:
-        flat = tile.image.flatten(1)
-        lowest = tile.image[:, 0, 0, 0]
-        same = bool((flat == lowest[:, None]).all())
-        keys.append((*lowest.tolist(), tile.grid) if same else None)
+        values: list[float] = []
+        same = True
+        for image in (tile.image, *(() if tile.reference is None else (tile.reference,))):
+            lowest = image[:, 0, 0, 0]
+            same = same and bool((image.flatten(1) == lowest[:, None]).all())
+            values += lowest.tolist()
+        keys.append((*values, tile.grid) if same else None)
     waiting = [i for i, key in enumerate(keys) if key is None or (key not in constant and keys.index(key) == i)]
     computed = dict(zip(waiting, evaluate([tiles[i] for i in waiting]), strict=True)) if waiting else {}
     for i in waiting:
@@ -381,12 +441,15 @@ def _tile_logits(
         for flip in flips
     ]
     on_device = [tile.image[None].to(device) for tile in tiles]
+    references = [None if tile.reference is None else tile.reference[None].to(device) for tile in tiles]
     for at in range(0, len(jobs), batch_size):
         for grid, together in itertools.groupby(jobs[at : at + batch_size], key=lambda job: job.grid):
             batch = list(together)
             inputs = torch.cat([on_device[j.tile].flip(j.flip) if j.flip else on_device[j.tile] for j in batch])
+            beside = [r.flip(j.flip) for j in batch if (r := references[j.tile]) is not None]
+            given = (inputs, grid, torch.cat(beside)) if beside else (inputs,) if grid is None else (inputs, grid)
             with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-                answer = network(inputs) if grid is None else network(inputs, grid)
+                answer = network(*given)
             logits = answer if isinstance(answer, Tensor) else answer[0]
             for job, one in zip(batch, logits[:, None], strict=True):
                 turned = (one.flip(job.flip) if job.flip else one)[0].float()

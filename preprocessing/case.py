@@ -41,7 +41,7 @@ from autoseg.image import Grid, Image
 from autoseg.labels import Labels
 from autoseg.plan import PreprocessingSettings, Vector, from_json, to_json
 from autoseg.preprocessing.normalize import intensity_units, normalize
-from autoseg.preprocessing.resample import resample_image, resample_label
+from autoseg.preprocessing.resample import crop_to_extent, resample_image, resample_label, resample_onto
 from autoseg.units import format_bytes
 
 Shape = tuple[int, int, int]
@@ -111,6 +111,8 @@ class PreprocessedCase:
     """Of the image."""
     label_geometry: CaseGeometry | None = None
     """Of the label: the image's, or that of its own grid; None where the case has no label."""
+    reference: NDArray[np.float32] | None = None
+    """(R, Z, Y, X) float32, normalised: the channels on a grid of their own, over just the extent of `image`."""
 
 
 def preprocess_case(
@@ -129,11 +131,15 @@ def preprocess_case(
     Intensities are normalised before they are resampled, so that interpolation invents none that count. Raises
     DatasetError where the label's extent or the number of channels does not fit, or the grid does not fit into memory.
     """
-    if image.channels != len(settings.normalization):
-        raise DatasetError(
-            f"The image has {image.channels} channels, the plan expects {len(settings.normalization)}; "
-            "give one file for each channel of the dataset."
-        )
+    for what, found, planned in (
+        ("channels", image.channels, settings.image_normalization),
+        ("reference channels on grids of their own", len(image.references), settings.reference_normalization),
+    ):
+        if found != len(planned):
+            raise DatasetError(
+                f"The image has {found} {what}, the plan expects {len(planned)}; "
+                "give one file for each channel of the dataset."
+            )
     if label is not None and label.shape != image.shape and _covers_another_extent(label, image):
         raise DatasetError(
             f"The label's shape {label.shape} differs from the image's {image.shape}, and they do not cover the same "
@@ -144,14 +150,15 @@ def preprocess_case(
     cropped = _cut(image.array, geometry)
     nonzero = functools.lru_cache(maxsize=1)(lambda: _nonzero_mask(cropped))
     normalized = np.empty(cropped.shape, dtype=np.float32)
-    for channel, result, how in zip(cropped, normalized, settings.normalization, strict=True):
+    for channel, result, how in zip(cropped, normalized, settings.image_normalization, strict=True):
         result[...] = normalize(channel, how, nonzero=nonzero, spacing=geometry.cropped.spacing)
     resampled = resample_image(normalized, geometry.network_shape, settings.image_order)
+    reference = bring_references(image.references, geometry, settings)
     if label is None:
-        return PreprocessedCase(resampled, None, geometry)
+        return PreprocessedCase(resampled, None, geometry, reference=reference)
     values = labels.known_values if labels else None
     where = find_label_geometry(label, geometry, settings.label_scale)
-    return PreprocessedCase(resampled, bring_label(label, where, values=values), geometry, where)
+    return PreprocessedCase(resampled, bring_label(label, where, values=values), geometry, where, reference)
 
 
 def _check_size(geometry: CaseGeometry, channels: int) -> None:
@@ -187,6 +194,26 @@ def find_geometry(image: Image, settings: PreprocessingSettings, label: Image | 
     spacing_z = cropped.spacing[0] if settings.spacing[0] is None else settings.spacing[0]
     shape = shape_at_spacing(cropped, (spacing_z, *settings.spacing[1:]))
     return replace(geometry, network_shape=shape)
+
+
+def bring_references(
+    references: Sequence[Image], geometry: CaseGeometry, settings: PreprocessingSettings
+) -> NDArray[np.float32] | None:
+    """Channels on grids of their own, at the planned spacing over the extent that the network sees: (R, Z, Y, X).
+
+    The image's crop and orientation, from outer face to outer face, however the references lie; normalised by what of
+    them lies there, before they are resampled. 0 where a reference shows nothing. None where there is none.
+    """
+    if settings.reference is None:
+        return None
+    wanted = resample_grid(geometry.cropped, shape_at_spacing(geometry.cropped, settings.reference.spacing))
+    brought = np.empty((len(references), *wanted.shape), dtype=np.float32)
+    for reference, result, how in zip(references, brought, settings.reference_normalization, strict=True):
+        part = crop_to_extent(reference, wanted)
+        nonzero = functools.lru_cache(maxsize=1)(functools.partial(_nonzero_mask, part.array))
+        normalized = normalize(part.array[0], how, nonzero=nonzero, spacing=part.grid.spacing)
+        result[...] = resample_onto(part.with_array(normalized), wanted, settings.image_order)[0]
+    return brought
 
 
 def find_label_geometry(label: Image, geometry: CaseGeometry, scale: Vector = (1.0, 1.0, 1.0)) -> CaseGeometry:
@@ -235,7 +262,9 @@ def find_units(
 ) -> tuple[tuple[float, float] | None, ...]:
     """For each channel (offset, factor) with which raw = offset + factor * normalised; None: it cannot be undone."""
     cropped = _cut(image.array, geometry)
-    return tuple(intensity_units(channel, how) for channel, how in zip(cropped, settings.normalization, strict=True))
+    return tuple(
+        intensity_units(channel, how) for channel, how in zip(cropped, settings.image_normalization, strict=True)
+    )
 
 
 def bring_label(label: Image, geometry: CaseGeometry, *, values: tuple[int, ...] | None = None) -> NDArray[np.int16]:

@@ -142,7 +142,7 @@ def input_moments(
 
 
 def _schemes(configuration: Configuration) -> tuple[str, ...]:
-    return tuple(n.scheme.removeprefix(BIAS_CORRECTION) for n in configuration.preprocessing.normalization)
+    return tuple(n.scheme.removeprefix(BIAS_CORRECTION) for n in configuration.preprocessing.image_normalization)
 
 
 def _acquisition(configuration: Configuration) -> Acquisition:

@@ -1,4 +1,4 @@
-"""An array and a shape -> the array resampled to that shape: cubic for images, linear one-hot for labels.
+"""An array and a shape, or a grid -> the array resampled to it: cubic for images, linear one-hot for labels.
 
 Corner convention: input and output cover the same extent, from outer voxel face to outer voxel face, so output voxel
 i lies at input position (i + 0.5) * input_size / output_size - 0.5 (scipy's `zoom(grid_mode=True)`, skimage's
@@ -11,13 +11,24 @@ scipy's own answer to unit impulses, so the result is scipy's, at a fraction of 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autoseg.geometry import Direction, between_grids, canonical_axes, crop_grid, turn_array, turn_grid
+from autoseg.image import Grid, Image
+
 Shape = tuple[int, int, int]
+Floats = NDArray[np.float64]
+
+STRAIGHT = 1e-5  # voxels a voxel: grids that are turned by less are not; headers hold rounded numbers
+SAME_FACE = 1e-3  # voxels by which a voxel's centre may miss the face of a grid and still be inside
+
+MARGIN = 2  # voxels beyond an extent that cubic splines look at
 
 NEGLIGIBLE = 1e-7  # weights below this share of a voxel are beyond float32 and left out
 ROWS = 64  # output voxels along an axis computed by one matrix product: few enough that the band of weights is narrow
@@ -64,6 +75,89 @@ def resample_label(array: NDArray[Any], shape: Shape, values: Sequence[int] | No
         share[where][larger] = mask[larger]
         winner[where][larger] = value
     return winner[None]
+
+
+def resample_onto(image: Image, wanted: Grid, order: int = 3) -> NDArray[np.float32]:
+    """The channels of `image` (C, Z, Y, X) as the voxels of `wanted` would show them: (C, *wanted.shape) float32.
+
+    For grids that lie and are turned in any way; interpolated with splines of `order`, within the range of intensities
+    of each channel. 0 outside of the outer faces of the image.
+    """
+    turn = canonical_axes(_relative_direction(image.grid, wanted))
+    array, (matrix, offset) = turn_array(image.array, *turn), between_grids(wanted, turn_grid(image.grid, *turn))
+    inside = _inside(matrix, offset, wanted.shape, array.shape[1:])
+    resampled = np.zeros((array.shape[0], *wanted.shape), dtype=np.float32)
+    if not inside.any():
+        return resampled
+    place = _place_straight if np.allclose(matrix, np.diag(np.diag(matrix)), rtol=0, atol=STRAIGHT) else _place_turned
+    for channel, volume in zip(resampled, array, strict=True):
+        volume = np.ascontiguousarray(volume, dtype=np.float32)
+        channel[...] = place(volume, matrix, offset, wanted.shape, order)
+        np.clip(channel, volume.min(), volume.max(), out=channel)
+        channel[~inside] = 0
+    return resampled
+
+
+def crop_to_extent(image: Image, wanted: Grid) -> Image:
+    """The box of `image` in which the extent of `wanted` lies, and a margin; all of it where it lies elsewhere."""
+    matrix, offset = between_grids(wanted, image.grid)
+    box = _box_reached(matrix, offset, wanted.shape, image.shape)
+    if any(side.stop <= side.start for side in box):
+        return image
+    z, y, x = box
+    return Image(image.array[:, z, y, x], crop_grid(image.grid, (z, y, x)))
+
+
+def _relative_direction(grid: Grid, other: Grid) -> Direction:
+    """How the axes of a grid run along those of another."""
+    z, y, x = np.linalg.solve(np.asarray(other.direction), np.asarray(grid.direction)).tolist()
+    return (tuple(z), tuple(y), tuple(x))
+
+
+def _place_straight(
+    volume: NDArray[np.float32], matrix: Floats, offset: Floats, shape: Shape, order: int
+) -> NDArray[np.float32]:
+    """The volume at positions matrix @ voxel + offset of a grid whose axes are not turned: axis by axis."""
+    from scipy import ndimage
+
+    for axis, (step, start) in enumerate(zip(np.diag(matrix), offset, strict=True)):
+        size = volume.shape[axis]
+        weights = ndimage.affine_transform(
+            np.eye(size), [step, 1.0], [start, 0.0], (shape[axis], size), order=order, mode="nearest"
+        )
+        weights[np.abs(weights) < NEGLIGIBLE] = 0
+        volume = _apply(weights.astype(np.float32), volume, axis)
+    return volume
+
+
+def _place_turned(
+    volume: NDArray[np.float32], matrix: Floats, offset: Floats, shape: Shape, order: int
+) -> NDArray[np.float32]:
+    """The volume at positions matrix @ voxel + offset."""
+    from scipy import ndimage
+
+    placed: NDArray[np.float32] = ndimage.affine_transform(volume, matrix, offset, shape, order=order, mode="nearest")
+    return placed
+
+
+def _inside(matrix: Floats, offset: Floats, shape: Shape, other: Sequence[int]) -> NDArray[np.bool_]:
+    """Which voxels (Z, Y, X) of one grid lie within the outer faces of another."""
+    inside = np.ones(shape, dtype=bool)
+    voxels = np.ogrid[tuple(slice(0, size) for size in shape)]
+    for row, start, size in zip(matrix, offset, other, strict=True):
+        place = start + sum(step * along for step, along in zip(row, voxels, strict=True))
+        inside &= (place >= -0.5 - SAME_FACE) & (place <= size - 0.5 + SAME_FACE)
+    return inside
+
+
+def _box_reached(matrix: Floats, offset: Floats, shape: Shape, other: Sequence[int]) -> tuple[slice, ...]:
+    """The box of another grid in which the extent of one lies, with what splines look at beyond it; may be empty."""
+    corners = np.array(list(itertools.product(*((-0.5, size - 0.5) for size in shape))))
+    places = corners @ matrix.T + offset
+    ends = zip(places.min(axis=0) + 0.5, places.max(axis=0) + 0.5, other, strict=True)  # of faces
+    return tuple(
+        slice(max(0, math.floor(low) - MARGIN), min(size, math.ceil(high) + MARGIN)) for low, high, size in ends
+    )
 
 
 def _value_boxes(label: NDArray[Any], values: Sequence[int] | None) -> dict[int, tuple[slice, ...]]:

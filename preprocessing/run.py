@@ -25,7 +25,7 @@ from autoseg.files import storage_error
 from autoseg.labels import Labels
 from autoseg.plan import PreprocessingSettings, to_json
 from autoseg.preprocessing.case import find_geometry, preprocess_case
-from autoseg.preprocessing.store import ANNOTATED, Store, StoreEntry
+from autoseg.preprocessing.store import ANNOTATED, REFERENCE, Store, StoreEntry
 from autoseg.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def preprocess_and_store(item: tuple[Case, tuple[Target, ...]], *, dataset: RawD
             geometry = find_geometry(image, target.settings, label)
             # slices left alone along z and slices resampled to the spacing they have are the same arrays
             how = target.settings
-            content = (geometry, how.normalization, how.image_order, how.label_scale)
+            content = (geometry, how.normalization, how.image_order, how.label_scale, how.reference)
             if content in written:
                 store.link(written[content])
                 continue
@@ -126,6 +126,8 @@ def preprocess_and_store(item: tuple[Case, tuple[Target, ...]], *, dataset: RawD
         except DatasetError as error:
             raise DatasetError(f"Case {case.identifier}: {error}") from error
         arrays: dict[str, NDArray[Any]] = {"image": done.image}
+        if done.reference is not None:
+            arrays[REFERENCE] = done.reference
         foreground: dict[str, NDArray[np.int32]] = {}
         if done.label is not None:
             arrays["label"] = done.label

@@ -34,6 +34,7 @@ Box = tuple[slice, slice, slice]
 
 STORE_VERSION = 1
 ANNOTATED = "annotated"  # foreground key of the voxels that are not to be ignored
+REFERENCE = "reference"  # name of the array of the channels that lie on a grid of their own, over the image's extent
 FOREGROUND = "foreground"  # name of the array that holds the coordinates
 BLOCK = (4, 64, 64)  # voxels (z, y, x) decompressed together: thin along z, so that one slice is cheap to read
 CHUNK = (32, 128, 128)  # voxels (z, y, x) stored and checked together
@@ -71,7 +72,7 @@ class StoreEntry:
     geometry: CaseGeometry
     """How to come back to the file's grid."""
     arrays: dict[str, StoredArray]
-    """By name: `image`, `label`, `foreground`."""
+    """By name: `image`, `label`, `foreground`; `reference` where channels lie on a grid of their own."""
     ranges: dict[str, tuple[int, int]]
     """For each class or region: first row and the row after its last in the foreground array."""
     source: str
@@ -229,7 +230,10 @@ class Store:
     def remove(self, case: str) -> None:
         """Remove a case and whatever is left of it; the JSON first, so that it stops counting as done at once."""
         record = self._record(case)
-        for path in [record, *(self.folder / f"{case}.{name}.b2nd" for name in ("image", "label", FOREGROUND))]:
+        for path in [
+            record,
+            *(self.folder / f"{case}.{name}.b2nd" for name in ("image", "label", REFERENCE, FOREGROUND)),
+        ]:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
@@ -21,9 +24,12 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoseg.plan import Configuration, Shape
+
+Arrays = dict[str, Any]  # as batchgeneratorsv2 has it
 
 SPATIAL_PROBABILITY = 0.2  # of a rotation, and of a scaling (nnU-Net's)
 BLUR_REACH = 7  # voxels that the blur's kernel needs on each side
@@ -66,12 +72,25 @@ def source_size(configuration: Configuration, patch: Shape | None = None) -> Sha
     return (z if flat else scaled[0], scaled[1], scaled[2])
 
 
+@dataclass(frozen=True)
+class Motion:
+    """What became of a patch in space: for what lies on another grid and is to be moved alike."""
+
+    matrix: NDArray[np.float64] | None = None
+    """(3, 3): a place of the moved patch -> one of the source, both from their centres, in voxels (z, y, x)."""
+    mirrored: tuple[int, ...] = ()
+    """Axes along which the moved patch was then mirrored."""
+
+
 class Augmentation:
     """Spatial, intensity and mirroring augmentations of one configuration, in nnU-Net's order.
 
     It draws from torch's and numpy's global generators; who calls it seeds both. Samples whose input and label share a
     grid are called with at once; super-resolution takes the steps one by one: `turn` or `flip`, then `disturb`.
     """
+
+    motion: Motion
+    """Of the sample that was made last."""
 
     def __init__(self, configuration: Configuration, *, previous_labels: tuple[tuple[int, ...], ...] = ()) -> None:
         self.configuration = configuration
@@ -84,7 +103,9 @@ class Augmentation:
         self.mirror = MirrorTransform(tuple(axis - 1 for axis in axes if axis > 0) if self.plane else axes)
         self.mirror_volume = MirrorTransform(axes)
         self.previous_labels = previous_labels
-        self.turns: dict[Shape, BasicTransform] = {}
+        self.turns: dict[Shape, Turn] = {}
+        self.reference_intensity = _reference_intensity()
+        self.motion = Motion()
 
     def __call__(self, image: Tensor, label: Tensor, *, augment: bool = True) -> tuple[Tensor, Tensor]:
         """Image (C, Z, Y, X) float32, label (1 or 2, Z, Y, X) int16 of `source_size` -> the same of patch size.
@@ -99,9 +120,10 @@ class Augmentation:
             if self.plane
             else {"image": image, "segmentation": label}
         )
-        sample = (self.spatial if augment else self.crop)(**sample)
+        sample, matrix = (self.spatial if augment else self.crop)(sample)
+        self.motion = Motion(matrix)
         if augment:
-            sample = self.mirror(**self.intensity(**sample))
+            sample = self._mirrored(self.mirror, self.intensity(**sample))
         image, label = sample["image"], sample["segmentation"]
         if self.plane:
             image, label = image.unsqueeze(1), label.unsqueeze(1)
@@ -121,12 +143,15 @@ class Augmentation:
             if len(self.turns) >= KEPT_TURNS:
                 self.turns.clear()
             self.turns[size] = _turn(self.configuration, size, probability=SPATIAL_PROBABILITY)
-        sample = self.turns[size](image=image, segmentation=label)
-        return self.flip(sample["image"], sample["segmentation"])
+        sample, matrix = self.turns[size]({"image": image, "segmentation": label})
+        self.motion = Motion(matrix)
+        sample = self._mirrored(self.mirror_volume, sample)
+        return sample["image"], sample["segmentation"]
 
     def flip(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Both mirrored along the same axes; they may have different shapes."""
-        sample = self.mirror_volume(image=image, segmentation=label)
+        self.motion = Motion()
+        sample = self._mirrored(self.mirror_volume, {"image": image, "segmentation": label})
         return sample["image"], sample["segmentation"]
 
     def disturb(self, image: Tensor) -> Tensor:
@@ -134,30 +159,61 @@ class Augmentation:
         disturbed: Tensor = self.intensity(image=image[:, 0] if self.plane else image)["image"]
         return (disturbed.unsqueeze(1) if self.plane else disturbed).contiguous()
 
+    def disturb_reference(self, reference: Tensor) -> Tensor:
+        """The reference (R, Z, Y, X) with another noise, brightness and contrast of its own; it may be overwritten."""
+        disturbed: Tensor = self.reference_intensity(image=reference)["image"]
+        return disturbed.contiguous()
+
+    def _mirrored(self, mirror: MirrorTransform, sample: Arrays) -> Arrays:
+        """The sample mirrored; the motion says how."""
+        parameters = mirror.get_parameters(**sample)
+        mirrored: Arrays = mirror.apply(sample, **parameters)
+        flat = 4 - sample["image"].ndim  # a plane lacks its first axis
+        self.motion = replace(self.motion, mirrored=tuple(axis + flat for axis in parameters["axes"]))
+        return mirrored
+
 
 def _depth(configuration: Configuration) -> int:
     """Slices of the network's input."""
     return configuration.patch_size[0] + 2 * configuration.architecture.halo
 
 
-def _spatial(configuration: Configuration, *, probability: float) -> BasicTransform:
+@dataclass(frozen=True)
+class Turn:
+    """A spatial transform of samples, of volumes (C, Z, Y, X) or of planes (C, Y, X)."""
+
+    transform: SpatialTransform
+    slice_wise: bool
+    """Whether it is one of planes and every slice of a volume is turned alike."""
+
+    def __call__(self, sample: Arrays) -> tuple[Arrays, NDArray[np.float64] | None]:
+        """The sample moved, and `Motion.matrix`."""
+        if self.slice_wise:
+            sample = Convert3DTo2DTransform()(**sample)
+        parameters = self.transform.get_parameters(**sample)
+        sample = self.transform.apply(sample, **parameters)
+        affine, matrix = parameters["affine"], None
+        if affine is not None:
+            matrix = np.eye(3)
+            matrix[-len(affine) :, -len(affine) :] = affine
+        return (Convert2DTo3DTransform()(**sample) if self.slice_wise else sample), matrix
+
+
+def _spatial(configuration: Configuration, *, probability: float) -> Turn:
     """For samples as `Augmentation.__call__` sees them: a plane without its z axis."""
     plane = _depth(configuration) == 1
     size = configuration.patch_size
-    return (
-        _space_transform(configuration, size, probability)
-        if plane
-        else _turn(configuration, size, probability=probability)
-    )
+    if plane:
+        return Turn(_space_transform(configuration, size, probability), slice_wise=False)
+    return _turn(configuration, size, probability=probability)
 
 
-def _turn(configuration: Configuration, size: Shape, *, probability: float) -> BasicTransform:
+def _turn(configuration: Configuration, size: Shape, *, probability: float) -> Turn:
     """For volumes (C, Z, Y, X): to `size`, or to its plane with as many slices as there are."""
-    transform = _space_transform(configuration, size, probability)
-    return _slice_wise(transform) if in_plane(configuration) else transform
+    return Turn(_space_transform(configuration, size, probability), slice_wise=in_plane(configuration))
 
 
-def _space_transform(configuration: Configuration, size: Shape, probability: float) -> BasicTransform:
+def _space_transform(configuration: Configuration, size: Shape, probability: float) -> SpatialTransform:
     limit = rotation_limit(configuration, size)
     return SpatialTransform(
         size[1:] if in_plane(configuration) else size,
@@ -206,6 +262,19 @@ def _intensity(configuration: Configuration) -> BasicTransform:
         stages = []
     blur = _blur(configuration)
     stages = [noise, *([(blur, 0.2)] if blur is not None else []), *stages]
+    return ComposeTransforms([RandomTransform(transform, probability) for transform, probability in stages])
+
+
+def _reference_intensity() -> BasicTransform:
+    """What a patch of any shape can take: the image's augmentations without those that change its resolution."""
+    contrast = {"synchronize_channels": False, "p_per_channel": 1.0}
+    gamma = GammaTransform(BGContrast((0.7, 1.5)), p_invert_image=0.0, p_retain_stats=1.0, **contrast)
+    stages: list[tuple[BasicTransform, float]] = [
+        (GaussianNoiseTransform((0.0, 0.1), p_per_channel=1.0, synchronize_channels=True), 0.1),
+        (MultiplicativeBrightnessTransform(BGContrast((0.75, 1.25)), **contrast), 0.15),
+        (ContrastTransform(BGContrast((0.75, 1.25)), preserve_range=True, **contrast), 0.15),
+        (gamma, 0.3),
+    ]
     return ComposeTransforms([RandomTransform(transform, probability) for transform, probability in stages])
 
 

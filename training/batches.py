@@ -126,11 +126,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     grid = samples[0].grid
     assert all(sample.grid == grid for sample in samples), "a batch has one scale"
     truths = [sample.truth for sample in samples if sample.truth is not None]
+    references = [sample.reference for sample in samples if sample.reference is not None]
     return Batch(
         torch.stack([sample.image for sample in samples]),
         torch.stack([sample.label for sample in samples]),
         torch.stack(truths) if truths else None,
         grid,
+        torch.stack(references) if references else None,
     )
 
 

@@ -246,7 +246,11 @@ def _optimise(
                 group["lr"] = rate
             truth = None if batch.truth is None else batch.truth.to(device)
             image, label = batch.image.to(device), batch.label.to(device)
-            losses.append(training_step(state, image, label, precision=precision, truth=truth, grid=batch.grid))
+            reference = None if batch.reference is None else batch.reference.to(device)
+            loss_of_step = training_step(
+                state, image, label, precision=precision, truth=truth, grid=batch.grid, reference=reference
+            )
+            losses.append(loss_of_step)
             run.elapsed = clock() - began
             progress = limits.progress(state.step, run.elapsed)
 
@@ -334,7 +338,8 @@ class OnlineDice:
         overlap, size = counts = np.zeros((2, len(self.labels.names)))
         for batch in self.batches:
             with torch.autocast(self.device.type, dtype=precision, enabled=precision is not None):
-                finest = network(batch.image.to(self.device), batch.grid)[0]
+                reference = None if batch.reference is None else batch.reference.to(self.device)
+                finest = network(batch.image.to(self.device), batch.grid, reference)[0]
             logits = finest[:, : self.labels.output_channels].float().cpu()
             for i, (predicted, true) in enumerate(_masks(logits, batch.label.numpy(), self.labels)):
                 overlap[i] += np.count_nonzero(predicted & true)

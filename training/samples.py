@@ -20,8 +20,9 @@ from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Acquisition, Configuration, Shape, Vector
 from autoseg.preprocessing.degradation import centre, input_moments, masked_channels
 from autoseg.preprocessing.framed import FramedEntry
+from autoseg.preprocessing.store import REFERENCE
 from autoseg.training.augment import Augmentation, source_size
-from autoseg.training.sampling import inside_mask, read_patch
+from autoseg.training.sampling import inside_mask, read_moved, read_patch
 from autoseg.training.shapes import fine_patch, paired_grid
 
 COVERED = 0.5  # share of a thick slice that must lie in the image; a slice with less is outside and zero, as a patch is
@@ -39,6 +40,8 @@ class Sample(NamedTuple):
     """(I, *grid.shape) float32, in the units of `image`; None without an image head or where no fine image is known."""
     grid: OutputGrid | None = None
     """The output grid; None without super-resolution."""
+    reference: Tensor | None = None
+    """(R, Z', Y', X') float32: channels on a grid of their own, over just the extent of `image` without its halo."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class SameGrid:
         self.patch, self.halo = configuration.patch_size, configuration.architecture.halo
         self.size = source_size(configuration) if augment else configuration.patch_size
         self.augmentation, self.augment = augmentation, augment
+        self.reference = ReferencePatch(configuration, augmentation, augment=augment)
 
     def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
         """See `Source`; the scale is 1."""
@@ -87,7 +91,9 @@ class SameGrid:
             known = read_patch(place.entry, "label", (first, y, x), deep)
             label = np.concatenate((known, read_patch(place.previous, "label", (first, y, x), deep, replicate=edges)))
         seed()
-        return Sample(*self.augmentation(_floats(image), _labels(label), augment=self.augment))
+        patch = self.augmentation(_floats(image), _labels(label), augment=self.augment)
+        reference = self.reference(place.entry, place.start, self.patch, scale, source=((z, y, x), self.size))
+        return Sample(*patch, reference=reference)
 
 
 class Degraded:
@@ -103,6 +109,7 @@ class Degraded:
         self.channels = configuration.architecture.image_channels
         self.masked = masked_channels(configuration)
         self.augmentation, self.augment = augmentation, augment
+        self.reference = ReferencePatch(configuration, augmentation, augment=augment)
 
     def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
         """See `Source`."""
@@ -129,9 +136,13 @@ class Degraded:
         low = thick_slices(truth, inside, scale, self.acquisition, random=self.augment)
         if self.augment:
             low = self.augmentation.disturb(low)
+        thick = [n * factor for n, factor in zip(self.patch, scale, strict=True)]
+        begins = (z - fine.first, y, x)
+        first = [begin + (n - t) / 2 for begin, n, t in zip(begins, fine.source, thick, strict=True)]
+        reference = self.reference(place.entry, first, thick, scale, source=(start, size))
         asked = slice(fine.first, fine.first + fine.grid.shape[0])
         shown = (truth * inside)[: self.channels, asked].contiguous() if self.channels else None
-        return Sample(low, label[:, asked].contiguous(), shown, fine.grid)
+        return Sample(low, label[:, asked].contiguous(), shown, fine.grid, reference)
 
 
 def thick_slices(fine: Tensor, inside: Tensor, scale: Vector, acquisition: Acquisition, *, random: bool) -> Tensor:
@@ -151,6 +162,7 @@ class Paired:
     def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
         self.patch, self.halo = configuration.patch_size, configuration.architecture.halo
         self.configuration, self.augmentation, self.augment = configuration, augmentation, augment
+        self.reference = ReferencePatch(configuration, augmentation, augment=augment)
 
     def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
         """See `Source`."""
@@ -173,7 +185,46 @@ class Paired:
             image, label = self.augmentation.flip(image, label)
         if self.augment:
             image = self.augmentation.disturb(image)
-        return Sample(image.contiguous(), label.contiguous(), None, grid)
+        reference = self.reference(place.entry, first, self.patch, scale, source=((z, y, x), image_size))
+        return Sample(image.contiguous(), label.contiguous(), None, grid, reference)
+
+
+class ReferencePatch:
+    """Reads the channels on a grid of their own behind a patch, moved in space as the patch was."""
+
+    def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
+        self.patch, self.architecture = configuration.patch_size, configuration.architecture
+        self.augmentation, self.augment = augmentation, augment
+
+    def __call__(
+        self,
+        entry: FramedEntry,
+        first: Sequence[float],
+        extent: Sequence[float],
+        scale: Vector,
+        *,
+        source: tuple[Shape, Shape],
+    ) -> Tensor | None:
+        """(R, Z', Y', X') float32; None for a network without references.
+
+        The patch is `extent` voxels of the stored image long and begins `first` voxels after its outer face. Where it
+        was turned, that was about the middle of the `source` that was read: its first voxel and its size.
+        """
+        if not self.architecture.reference_channels:
+            return None
+        motion, shape = self.augmentation.motion, self.architecture.reference_shape(self.patch, scale)
+        finer = [n / m for n, m in zip(entry.shape_of(REFERENCE), entry.shape, strict=True)]
+        if motion.matrix is None:
+            turn, middle = np.eye(3), np.add(first, np.divide(extent, 2))
+        else:
+            turn, middle = motion.matrix, np.add(source[0], np.divide(source[1], 2))
+        step = np.divide(extent, shape)  # image voxels from one voxel of the patch to the next
+        step[list(motion.mirrored)] *= -1
+        # a voxel of the patch -> its place from the middle, in image voxels -> turned -> a voxel of the reference
+        matrix = np.diag(finer) @ turn @ np.diag(step)
+        offset = np.multiply(finer, middle) - 0.5 - matrix @ (np.subtract(shape, 1) / 2)
+        reference = read_moved(entry, REFERENCE, matrix, offset, shape)
+        return self.augmentation.disturb_reference(reference) if self.augment else reference
 
 
 def common_face(start: int, scale: float) -> int:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
 from autoseg.plan import Shape, Vector
 from autoseg.preprocessing.framed import NETWORK_AXES, SAME_GRID, FramedEntry
 from autoseg.preprocessing.store import ANNOTATED, Store, StoreEntry
 from autoseg.training.settings import FOREGROUND_FRACTION
+
+SAME_FACE = 1e-3  # voxels by which a place may miss the face of an array and still be inside
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,33 @@ def read_patch(
     every_channel = slice(None)
     whole[every_channel, inside[0], inside[1], inside[2]] = part
     return whole
+
+
+def read_moved(
+    entry: FramedEntry, name: str, matrix: NDArray[np.float64], offset: NDArray[np.float64], shape: Shape
+) -> Tensor:
+    """The array `name` (C, Z, Y, X) at the voxels matrix @ (z, y, x) + offset of its grid: (C, *shape) float32.
+
+    Linear; 0 outside of the array's outer faces. Only the box that is needed is read.
+    """
+    axes = [torch.arange(n, dtype=torch.float64) for n in shape]
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
+    rows = [float(r[0]) * z + float(r[1]) * y + float(r[2]) * x + float(o) for r, o in zip(matrix, offset, strict=True)]
+    whole = entry.shape_of(name)
+    inside = torch.ones(shape, dtype=torch.bool)
+    box = []
+    for place, size in zip(rows, whole, strict=True):
+        inside &= (place > -0.5 - SAME_FACE) & (place < size - 0.5 + SAME_FACE)
+        low, high = place.aminmax()
+        start = min(max(math.floor(low), 0), size - 1)
+        box.append(slice(start, min(max(math.ceil(high) + 1, start + 1), size)))
+    part = torch.from_numpy(np.ascontiguousarray(entry.read(name, (box[0], box[1], box[2])), np.float32))
+    # as grid_sample has it: x first, from -1 to 1 between outer faces
+    sides = zip(rows, box, strict=True)
+    places = [(2 * (place - side.start) + 1) / (side.stop - side.start) - 1 for place, side in sides]
+    where = torch.stack(places[::-1], dim=-1).float()
+    moved = functional.grid_sample(part[None], where[None], "bilinear", padding_mode="border", align_corners=False)
+    return moved[0] * inside
 
 
 def inside_mask(shape: Shape, start: Shape, size: Shape) -> NDArray[np.float32]:

@@ -29,6 +29,8 @@ class Batch:
     """(B, I, *grid.shape) float32, the fine image in the units of the input; None where there is none."""
     grid: OutputGrid | None = None
     """The output grid, the same for the whole batch; None without super-resolution."""
+    reference: Tensor | None = None
+    """(B, R, Z', Y', X') float32: channels on a grid of their own, over just the extent of `image` without its halo."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class SampleShapes:
     truth_channels: int
     """Of the fine image; 0 where samples have none."""
     grid: OutputGrid | None
+    reference: Shape
+    """Of the channels on a grid of their own, where there are any."""
 
 
 def sample_shapes(
@@ -100,7 +104,8 @@ def sample_shapes(
     grid = output_grid(patch_size, scale, halo=architecture.halo, source=source)
     image = (patch_size[0] + 2 * architecture.halo, *patch_size[1:])
     channels = architecture.image_channels if has_fine_image(architecture, source) else 0
-    return SampleShapes(image, patch_size if grid is None else grid.shape, channels, grid)
+    reference = architecture.reference_shape(patch_size, scale)
+    return SampleShapes(image, patch_size if grid is None else grid.shape, channels, grid, reference)
 
 
 def at_scale(configuration: Configuration, scale: float) -> Vector:
@@ -129,4 +134,7 @@ def blank_batch(
     image = torch.zeros((batch_size, architecture.input_channels, *shapes.image), device=device)
     label = torch.zeros((batch_size, 1, *shapes.label), dtype=torch.int16, device=device)
     fine = (batch_size, shapes.truth_channels, *shapes.label)
-    return Batch(image, label, torch.zeros(fine, device=device) if shapes.truth_channels else None, shapes.grid)
+    truth = torch.zeros(fine, device=device) if shapes.truth_channels else None
+    apart = (batch_size, architecture.reference_channels, *shapes.reference)
+    reference = torch.zeros(apart, device=device) if architecture.reference_channels else None
+    return Batch(image, label, truth, shapes.grid, reference)

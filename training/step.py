@@ -88,16 +88,18 @@ def training_step(
     precision: torch.dtype | None,
     truth: Tensor | None = None,
     grid: OutputGrid | None = None,
+    reference: Tensor | None = None,
 ) -> Tensor:
     """Forward, backward, clip, update, average; of several processes each with its part of the batch.
 
     Image (B, C, Z + 2 halo, Y, X) float32, label (B, 1, Z, Y, X) integer, both on the network's device; `precision` is
     the autocast dtype or None for float32. For super-resolution the label and `truth` (B, I, *grid.shape) float32, if
-    there is one, lie on `grid`. Returns the loss (scalar, detached).
+    there is one, lie on `grid`; `reference` (B, R, Z', Y', X') covers what the image does. Returns the loss (scalar,
+    detached); its mean over all processes is that of the batch.
     """
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(image.device.type, dtype=precision, enabled=precision is not None):
-        outputs = state.network(image, grid)
+        outputs = state.network(image, grid, reference)
     loss: Tensor = state.loss(outputs, label, truth, image, grid)
     loss.backward()  # type: ignore[no-untyped-call]
     state.world.average_gradients([*state.network.parameters(), *state.loss.parameters()])

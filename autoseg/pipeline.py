@@ -294,6 +294,7 @@ def load_plan(dataset_root: Path, workspace: Path | None = None) -> tuple[Plan, 
     for what, planned, found in (
         ("name", plan.dataset, dataset.name),
         ("channels", plan.channels, dataset.channels),
+        ("channels on grids of their own", plan.reference_channels, dataset.reference_channels),
         ("labels", plan.labels, dataset.labels),
     ):
         if planned != found:
@@ -319,7 +320,6 @@ def trained_configuration(plan: Plan, place: Workspace) -> str:
     return names[0]
 
 
-        ("channels on grids of their own", plan.reference_channels, dataset.reference_channels),
 def _shown(value: object) -> str:
     if isinstance(value, Labels):
         pairs = zip(value.names, value.values, strict=True)

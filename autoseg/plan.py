@@ -434,22 +434,15 @@ def _network_problem(c: Configuration, plan: Plan) -> str | None:
     labelled = (0, plan.labels.output_channels) if a.image_channels else (plan.labels.output_channels,)
     if a.output_channels not in labelled:
         return f"output_channels must be {plan.labels.output_channels} for these labels, got {a.output_channels}"
+    problem = _reference_problem(c)
+    if problem:
+        return problem
     expected = len(plan.channels) - a.reference_channels + (len(plan.labels.names) if c.previous_stage else 0)
     if a.input_channels != expected:
         return f"input_channels must be {expected}, got {a.input_channels}"
     return _super_resolution_problem(c, plan)
 
 
-def _topology_problem(c: Configuration) -> str | None:
-    problem = _reference_problem(c)
-    if problem:
-        return problem
-    a = c.architecture
-    flat = c.topology != "3d"
-    if flat and (c.patch_size[0] != 1 or any(kernel[0] != 1 for kernel in a.kernels)):
-        return f"a {c.topology} configuration needs patch_size and kernels of 1 along z, got patch {list(c.patch_size)}"
-    expected = {"2.5d_stack": "stack", "2.5d_reduce": "reduce"}.get(c.topology, "none")
-    if a.context != expected:
 def _reference_problem(c: Configuration) -> str | None:
     """Whether network and store agree on the channels that lie on a grid of their own, and both can have them."""
     a, grid = c.architecture, c.preprocessing.reference
@@ -470,6 +463,13 @@ def _reference_problem(c: Configuration) -> str | None:
     return None
 
 
+def _topology_problem(c: Configuration) -> str | None:
+    a = c.architecture
+    flat = c.topology != "3d"
+    if flat and (c.patch_size[0] != 1 or any(kernel[0] != 1 for kernel in a.kernels)):
+        return f"a {c.topology} configuration needs patch_size and kernels of 1 along z, got patch {list(c.patch_size)}"
+    expected = {"2.5d_stack": "stack", "2.5d_reduce": "reduce"}.get(c.topology, "none")
+    if a.context != expected:
         return f"a {c.topology} configuration needs context '{expected}', got '{a.context}'"
     if a.context_slices < 1 or a.context_slices % 2 == 0 or (a.context_slices > 1) != (expected != "none"):
         least = "1" if expected == "none" else "an odd number from 3"

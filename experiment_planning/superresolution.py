@@ -208,6 +208,8 @@ _SOURCES = {
     "self": "only thick slices are there: what they miss is learned in the plane and applied through the planes.",
 }
 
+_NO_REFERENCE = "does not take a reference channel on a grid of its own"
+
 _Answer = tuple[SuperResolution, str] | str
 """A super-resolution with its reason, or why there is none; both without the full stop."""
 
@@ -231,8 +233,6 @@ class _Question:
         if self.ceiling is None:
             return None
         z, y, x = (scale[self.grid.axis_order.index(axis)] for axis in range(3))
-_NO_REFERENCE = "does not take a reference channel on a grid of its own"
-
         return self.ceiling((z, y, x))
 
     def says_ceiling(self, resolution: SuperResolution) -> str:
@@ -299,6 +299,11 @@ def _with_source(question: _Question, resolution: SuperResolution, because: str)
         return replace(resolution, acquisition=choose_acquisition(question.fingerprint.image_channels, scale)), because
     pixel = max(data[1:])
     if question.fingerprint.dimensions == 3 and scaled == [0] and pixel <= output[0] * SMALLEST_SCALE:
+        if question.fingerprint.reference_channels:
+            raise PlanError(
+                f"Answers on {sizes(output)} mm (slices first) could be learned from {question.fingerprint.dataset} by "
+                f"self-supervision alone, which {_NO_REFERENCE}; leave that channel out, or give finer labels."
+            )
         return _self_supervised(question, scale[0], output[0]), because
     raise PlanError(
         f"Answers on {sizes(output)} mm (slices first) cannot be learned from {question.fingerprint.dataset}: its "
@@ -322,11 +327,6 @@ def _from_finer_labels(question: _Question) -> _Answer:
 
 def _from_finer_cases(question: _Question) -> _Answer:
     """Mixed data: enough cases are twice as fine as the median one."""
-        if question.fingerprint.reference_channels:
-            raise PlanError(
-                f"Answers on {sizes(output)} mm (slices first) could be learned from {question.fingerprint.dataset} by "
-                f"self-supervision alone, which {_NO_REFERENCE}; leave that channel out, or give finer labels."
-            )
     spacings = [spacing[0] for spacing in question.grid.spacings]
     median = float(np.median(spacings))
     fine = question.fine_cases(median)
@@ -359,6 +359,8 @@ def _from_the_plane(question: _Question) -> _Answer:
     spacing, pixel = question.grid.spacing, max(question.grid.spacing[1:])
     if question.fingerprint.dimensions == 2:
         return "the images are planes"
+    if question.fingerprint.reference_channels:
+        return f"self-supervision {_NO_REFERENCE}"
     ratio = spacing[0] / min(spacing[1:])
     if ratio < THICK:
         return f"slices are {ratio:.1f} times as thick as pixels, thick ones are from {THICK:g} times"
@@ -382,8 +384,6 @@ def _from_the_plane(question: _Question) -> _Answer:
 
 
 def _self_supervised(question: _Question, scale: float, pixel: float) -> SuperResolution:
-    if question.fingerprint.reference_channels:
-        return f"self-supervision {_NO_REFERENCE}"
     channels, factors = question.fingerprint.image_channels, (scale, 1.0, 1.0)
     output = (pixel, pixel, pixel)
     return SuperResolution("self", factors, output, choose_acquisition(channels, factors), question.task)

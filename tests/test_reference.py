@@ -19,8 +19,9 @@ from scipy.spatial.transform import Rotation
 from tiny_training import architecture, preprocessed, tiny_configuration, tiny_plan
 from torch import Tensor
 
+from autoseg.checkpoint import Checkpoint
 from autoseg.dataset import RawDataset, read_case
-from autoseg.errors import DatasetError, PlanError
+from autoseg.errors import DatasetError, PlanError, PredictionError
 from autoseg.experiment_planning.fingerprint import Fingerprint, extract_fingerprint
 from autoseg.experiment_planning.planner import plan_experiment
 from autoseg.experiment_planning.superresolution import Asked
@@ -29,6 +30,8 @@ from autoseg.geometry import resample_grid
 from autoseg.image import Grid, Image, read_image, write_image
 from autoseg.inference.crossval import validate_fold
 from autoseg.inference.held_out import held_out_case
+from autoseg.inference.predictor import load_model
+from autoseg.inference.run import predict_files
 from autoseg.inference.sliding_window import sliding_window_logits
 from autoseg.networks.fusion import covering, resample
 from autoseg.networks.upsampling import OutputGrid
@@ -486,3 +489,65 @@ def test_a_structure_that_the_reference_alone_shows_is_learned_and_found_where_i
     scores = validate_fold(RawDataset.load(root), plan, "3d_fullres", "0", workspace=workspace, device="cpu")
     dice = [case["ball"]["dice"] for case in scores.cases.values()]
     assert min(dice) > 0.6, dice
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dataset, and a fold trained on thick slices of it beside its reference; the fusion is opened by force."""
+    folder = tmp_path_factory.mktemp("trained")
+    root = reference_dataset(folder / "Dataset001_R", cases=3, image=Grid((24, 20, 18)))
+    plan = small(planned(root, asked=Asked(input_spacing=(4.0, 1.0, 1.0)))[0])
+    workspace: Workspace = preprocessed(root, plan, folder / "workspace")
+    fold = train_fold(plan, "3d_sr", "0", workspace=workspace, steps=3, device="cpu", workers=0)
+    checkpoint = Checkpoint.load(fold.checkpoint)
+    for name, weights in checkpoint.weights.items():
+        if name.startswith("fusion.last"):
+            torch.nn.init.normal_(weights)
+    checkpoint.save(fold.checkpoint)
+    return root, fold.checkpoint.parent
+
+
+def prediction_cases(folder: Path, root: Path) -> Path:
+    """A sound case of thick slices, one without its reference, one whose reference lies elsewhere, one that differs."""
+    thin = read_image(root / "imagesTr" / "case_0_0001.nii.gz")
+    thick = Image(np.random.default_rng(1).normal(100, 10, (1, *THICK.shape)).astype(np.float32), THICK)
+    references = {
+        "sound": thin,
+        "lacking": None,
+        "elsewhere": replace(thin, grid=replace(thin.grid, origin=(90.0, 0.0, 0.0))),
+        "other": thin.with_array(np.asarray(thin.array[:, ::-1])),
+    }
+    for name, reference in references.items():
+        write_image(thick, folder / f"{name}_0000.nii.gz")
+        if reference is not None:
+            write_image(reference, folder / f"{name}_0001.nii.gz")
+    return folder
+
+
+def test_prediction_uses_the_reference_and_names_the_cases_that_lack_it(
+    tmp_path: Path, trained: tuple[Path, Path]
+) -> None:
+    root, fold = trained
+    model = load_model(fold, "cpu")
+    outcome = predict_files(model, prediction_cases(tmp_path / "in", root), tmp_path / "out")
+    assert outcome.done == ("other", "sound")
+    assert "has the channels [0]" in outcome.failed["lacking"] and "_0001" in outcome.failed["lacking"]
+    assert "elsewhere_0001.nii.gz" in outcome.failed["elsewhere"]
+    assert "does not overlap the image" in outcome.failed["elsewhere"]
+    sound = read_image(tmp_path / "out" / "sound.nii.gz")
+    assert sound.grid.spacing == pytest.approx((1.0, 1.0, 1.0)) and sound.shape == (24, 20, 18)
+    given = [tmp_path / "in" / f"sound_{number:04d}.nii.gz" for number in range(2)]
+    first = model.predict_probabilities(given).array
+    other = model.predict_probabilities([given[0], tmp_path / "in" / "other_0001.nii.gz"]).array
+    assert float(np.abs(first - other).max()) > 0.01
+
+
+def test_an_image_in_memory_brings_its_reference_along(trained: tuple[Path, Path]) -> None:
+    model = load_model(trained[1], "cpu")
+    image, reference = coded(THICK, THIN), shown(place_code, THIN)
+    assert model.predict(image).shape == (24, 20, 18)
+    with pytest.raises(PredictionError, match=r"0 reference channels .* expected 1 \(T1\)"):
+        model.predict(Image(image.array, image.grid))
+    far = replace(image, references=(replace(reference, grid=replace(THIN, origin=(0.0, 99.0, 0.0))),))
+    with pytest.raises(PredictionError, match="'T1': the reference channel does not overlap the image"):
+        model.predict(far)

@@ -150,6 +150,23 @@ def interpolation_matrix(inputs: int, outputs: int, scale: float, start: float =
     return torch.tensor(_interpolation_weights(inputs, outputs, float(scale), float(start)))
 
 
+def interpolation_inside(places: Floats, inputs: int) -> tuple[slice, Tensor]:
+    """Linear interpolation at any places, in input voxels: the voxels that are looked at, and their weights.
+
+    (len(places), voxels), float32. Up to the input's outer faces its edge is repeated, beyond them weights are 0.
+    """
+    import torch
+
+    held = np.clip(places, 0, inputs - 1)
+    lower = np.minimum(held.astype(np.intp), max(inputs - 2, 0))
+    first, last = int(lower.min()), min(int(lower.max()) + 1, inputs - 1)
+    weights, rows = np.zeros((len(places), last - first + 1), np.float32), np.arange(len(places))
+    weights[rows, lower - first] = 1 - (held - lower)
+    weights[rows, np.minimum(lower + 1, inputs - 1) - first] += (held - lower).astype(np.float32)
+    weights[(places < -0.5 - ROUNDING) | (places > inputs - 0.5 + ROUNDING)] = 0
+    return slice(first, last + 1), torch.from_numpy(weights)
+
+
 def resampling_matrix(inputs: int, outputs: int, scale: float, start: float = 0.0) -> Tensor:
     """`interpolation_matrix` where the output is finer; where it is coarser each voxel is the mean of what it covers.
 

@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from autoseg.acquisition import apply_along, interpolation_matrix
+from autoseg.acquisition import apply_along, interpolation_inside
 from autoseg.networks.fusion import covering
 from autoseg.networks.upsampling import OutputGrid
 
@@ -111,8 +111,7 @@ def sliding_window_logits(
     The network is given `halo` more slices at both ends of the first axis; outside of the image the outermost slice is
     repeated. With `grid`, the output voxels that are asked for of the whole image, it is called as
     `network(tiles, grid)`, answers (B, K, *grid.shape), and the result is (K, *grid.shape). Outside of the image lie
-    zeros, as in training; along axes that are refined its outermost voxel again, so that nothing is interpolated
-    towards zero.
+    zeros, as in training: a network has learned what they do to the interpolation at the image's end.
 
     With a `reference` (R, Z', Y', X'), which lies on `reference_grid` as seen from the image and by default covers just
     that, the network is called as `network(tiles, grid or None, references)`, where the references (B, R, ...) cover
@@ -134,8 +133,7 @@ def sliding_window_logits(
     apart = (
         None if reference is None else _References(reference, reference_grid or covering(reference[None], image[None]))
     )
-    finer = [axis != (n, 1, 0) for n, axis in zip(image.shape[1:], asked, strict=True)]
-    image = _pad(image, axes, halo=halo, repeat=finer)
+    image = _pad(image, axes, halo=halo)
     flips = mirror_flips(mirror_axes)
     evaluate = functools.partial(
         _tile_logits,
@@ -216,25 +214,14 @@ def _gaussian(from_centre: Tensor, size: int) -> Tensor:
     return torch.exp(-0.5 * (from_centre / (size * GAUSSIAN_SIGMA)) ** 2)
 
 
-def _pad(image: Tensor, axes: Sequence[TileAxis], *, halo: int, repeat: Sequence[bool]) -> Tensor:
-    """The image with what its tiles need around it: zeros, or where `repeat`, and with a halo, its outermost voxels."""
+def _pad(image: Tensor, axes: Sequence[TileAxis], *, halo: int) -> Tensor:
+    """The image with what its tiles need around it: zeros, but with a halo the outermost slices again."""
     z, y, x = (axis.padding for axis in axes)
-    widths = [(z[0] + halo, z[1] + halo), y, x]
-    again = [bool(repeat[0] or halo), *repeat[1:]]
-    image = _repeat_edges(image, [width if here else (0, 0) for width, here in zip(widths, again, strict=True)])
-    zeros = [(0, 0) if here else width for width, here in zip(widths, again, strict=True)]
-    return functional.pad(image, [*zeros[2], *zeros[1], *zeros[0]]) if any(map(any, zeros)) else image
-
-
-def _repeat_edges(image: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
-    """The image (C, Z, Y, X) with its outermost voxels repeated before and after each of the first axes."""
-    for axis, (before, after) in enumerate(widths):
-        if before or after:
-            size = image.shape[axis + 1]
-            image = image.index_select(
-                axis + 1, torch.arange(-before, size + after).clamp(0, size - 1).to(image.device)
-            )
-    return image
+    if halo:
+        slices = torch.arange(-z[0] - halo, image.shape[1] + z[1] + halo).clamp(0, image.shape[1] - 1)
+        image, z = image.index_select(1, slices.to(image.device)), (0, 0)
+    widths = [*x, *y, *z]
+    return functional.pad(image, widths) if any(widths) else image
 
 
 @dataclass(frozen=True)
@@ -265,11 +252,7 @@ class _References:
             outputs = max(1, round(length * scale))
             step = length * scale / outputs
             places = begin * scale - start + (np.arange(outputs) + 0.5) * step - 0.5
-            lowest, highest = np.clip((places[0], places[-1]), 0, voxels - 1)
-            side = slice(math.floor(lowest), math.ceil(highest) + 1)
-            start_here = round((places[0] - side.start + 0.5) / step - 0.5, DECIMALS)
-            matrix = interpolation_matrix(side.stop - side.start, outputs, 1 / step, start_here)
-            matrix[torch.from_numpy((places < -0.5 - TINY) | (places > voxels - 0.5 + TINY))] = 0
+            side, matrix = interpolation_inside(places, voxels)
             box.append(side)
             weights.append(matrix)
         part = self.image[:, box[0], box[1], box[2]]

@@ -274,6 +274,10 @@ SAMPLES = {
         source="degraded", patch=(4, 12, 12), scale=(3.0, 1.0, 1.0), finer=(6.0, 1.0, 2.0)
     ),
     "degraded, 2.5 times": sample_configuration(source="degraded", patch=(5, 12, 12), scale=(2.5, 1.0, 1.0)),
+    "any scale": replace(
+        sample_configuration(source="degraded", patch=(4, 12, 12), scale=(3.0, 1.0, 1.0), finer=(6.0, 1.0, 2.0)),
+        sr_range=(1.5, 3.0),
+    ),
     "degraded stack": sample_configuration(source="degraded", patch=(1, 12, 12), scale=(1.0, 2.0, 1.0), slices=3),
     "paired": sample_configuration(source="paired", patch=(4, 12, 12), scale=(3.0, 1.0, 1.0), finer=(4.0, 0.7, 1.0)),
 }
@@ -295,7 +299,7 @@ def test_the_reference_of_a_sample_shows_the_same_places_as_its_image_however_it
         sample = samples[step, 0]
         assert sample.reference is not None
         image = sample.image[None, :, halo : sample.image.shape[1] - halo]
-        expected = configuration.architecture.reference_shape(configuration.patch_size, configuration.sr_scale)
+        expected = configuration.architecture.reference_shape(configuration.patch_size, samples.scale(step))
         assert sample.reference.shape == (1, *expected)
         where = OutputGrid(image.shape[2:], (1.0, 1.0, 1.0))
         there = resample(sample.reference[None], covering(sample.reference[None], image), where)

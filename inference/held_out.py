@@ -92,9 +92,11 @@ def _thickened(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:
         apart = OutputGrid(voxels, scales, starts)
     fine = zip(_stored_image(entry), masked_channels(configuration), *degraded.moments, strict=True)
     truth = np.stack([centre(channel, mean, masked=masked) / np.float32(std) for channel, masked, mean, std in fine])
-    scored = entry.label_geometry or entry.geometry
-    known = None if is_thick(entry, configuration) else truth[: configuration.architecture.image_channels]
-    return HeldOutCase(np.ascontiguousarray(image), scored, scored, grid, known, reference_grid=apart)
+    answered = scored = entry.label_geometry or entry.geometry
+    known: NDArray[np.float32] | None = truth[: configuration.architecture.image_channels]
+    if is_thick(entry, configuration):  # the answer comes to the slices of its label, as it would in use
+        known, scored = None, replace(answered, network_shape=answered.cropped.shape)
+    return HeldOutCase(np.ascontiguousarray(image), answered, scored, grid, known, reference_grid=apart)
 
 
 def _through_planes(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import memory_by_formula
 from tiny_training import sr_configuration
 from typer.testing import CliRunner, Result
@@ -23,6 +24,8 @@ from autoseg.experiment_planning.planner import Planner, plan_experiment
 from autoseg.experiment_planning.superresolution import Asked
 from autoseg.experiment_planning.verify import fix_dataset, verify_dataset
 from autoseg.image import Grid, Image, read_image, write_image
+from autoseg.inference.export import export_labels
+from autoseg.inference.grids import bring_logits
 from autoseg.inference.held_out import held_out_case
 from autoseg.inference.image_selection import select_by_image
 from autoseg.inference.predictor import load_model
@@ -33,7 +36,7 @@ from autoseg.preprocessing.degradation import fine_cases
 from autoseg.preprocessing.store import Store
 from autoseg.workspace import Workspace
 
-NOTHING = Labels((), ())
+NOTHING, TWO = Labels((), ()), Labels.from_json({"background": 0, "anterior": 1, "posterior": 2})
 GB = 10**9
 Make = Callable[..., Path]
 
@@ -291,6 +294,24 @@ def test_thick_cases_are_scored_and_not_trained_on(tmp_path: Path) -> None:
     slices = acquired["thick"]
     expected = (slices - slices.mean()) / slices.std()
     np.testing.assert_allclose(held_out["thick"].image[0, :, 6, 6], expected, atol=0.12)  # not made thick once more
+
+
+def test_a_fine_answer_about_a_thick_case_is_scored_on_its_own_slices(tmp_path: Path) -> None:
+    configuration = sr_configuration(scale=(4.0, 1.0, 1.0), patch_size=(6, 12, 12))
+    store, thin, thick = Store(tmp_path), Grid((24, 12, 12), (2.0, 1.0, 1.0)), Grid((6, 12, 12), (8.0, 1.0, 1.0))
+    for name, grid in (("thin", thin), ("thick", thick)):
+        image = Image(np.random.default_rng(0).uniform(1, 2, (1, *grid.shape)), grid)
+        case = preprocess_case(image, image.with_array(np.ones(grid.shape, np.uint8)), configuration.preprocessing, TWO)
+        assert case.label is not None
+        store.write(name, {"image": case.image, "label": case.label}, case.geometry, {})
+    held_out = {name: held_out_case(store.entry(name), configuration, TWO) for name in ("thin", "thick")}
+    assert held_out["thin"].scored == held_out["thin"].answered
+    one = held_out["thick"]
+    probability = torch.tensor([0.9, 0.4, 0.4, 0.9] * 6)  # of the structure; the mean over each thick slice is 0.65
+    answer = torch.stack((1 - probability, probability, torch.full((24,), 1e-3))).log()
+    logits = answer[:, :, None, None].expand(-1, -1, 12, 12)
+    labels = export_labels(bring_logits(logits, one.answered, one.scored, regions=False), one.scored, TWO)
+    assert labels.grid == thick and labels.array.all()  # the two thin slices in the middle say no
 
 
 def test_the_plan_says_how_many_cases_are_too_thick_to_train_on() -> None:

@@ -21,7 +21,7 @@ from autoseg.device import autocast_dtype, peak_memory_bytes, resolve_device
 from autoseg.errors import CheckpointError, PlanError, StorageError, unknown_choice
 from autoseg.labels import Labels
 from autoseg.plan import Configuration, Plan
-from autoseg.preprocessing.degradation import fine_cases
+from autoseg.preprocessing.degradation import fine_cases, is_thick
 from autoseg.preprocessing.store import Store
 from autoseg.training.batches import Batch, Samples, batches, collate, default_workers
 from autoseg.training.distributed import ALONE, World
@@ -166,9 +166,10 @@ def train_fold(
     earlier = _previous_stage(settings, previous, (*split.train, *split.validation))
     together = replace(settings, batch_size=settings.batch_size * world.size)
     shown = fine_cases(store, split.train, settings)
+    watched = [case for case in split.validation if not is_thick(store.entry(case), settings)]
     training = Samples(store, shown, together, plan.labels, seed=seed, previous=earlier)
     held_out = Samples(
-        store, split.validation or split.train, together, plan.labels,
+        store, watched or shown, together, plan.labels,
         seed=seed + VALIDATION_SEED, augment=False, previous=earlier,
     )  # fmt: skip
 

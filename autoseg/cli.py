@@ -57,6 +57,18 @@ WorkersOption = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--workers", metavar="N", min=0, help="Worker processes. [default: one for each core]"),
 ]
+LogOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--log", metavar="NAME", help="Log to tensorboard or mlflow too; may be given twice. [default: history.csv]"
+    ),
+]
+MlflowOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--mlflow-uri", metavar="URI", help="MLflow's store or server. [default: the file mlflow.db in the workspace]"
+    ),
+]
 VerboseOption = Annotated[
     int, typer.Option("-v", "--verbose", count=True, show_default=False, help="Say more; -vv says everything.")
 ]
@@ -383,6 +395,8 @@ def train_fold(
             "--workers", metavar="N", min=0, help="Processes that prepare patches. [default: by the number of cores]"
         ),
     ] = None,
+    log: LogOption = None,
+    mlflow_uri: MlflowOption = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
@@ -398,10 +412,12 @@ def train_fold(
       torchrun --nproc-per-node 4 -m autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0
     """
     from autoseg.pipeline import load_plan, require_current_store, require_folds, train, validate
+    from autoseg.training.loggers import asked_logs
     from autoseg.units import format_seconds, parse_seconds
 
     screen = SCREEN.get()
     seconds = parse_seconds(time, option="--time") if time else None
+    logs = asked_logs(log or (), mlflow_uri)
     plan, place = load_plan(dataset, workspace)
     require_current_store(dataset, plan, configuration, workspace=place)
     require_folds(dataset, workspace=place)
@@ -426,6 +442,7 @@ def train_fold(
                 on_step=bar,
                 stop=stop,
                 world=world,
+                logs=logs,
             )
     if not world.first:
         return DONE
@@ -641,6 +658,8 @@ def run(
         bool, typer.Option("--print-commands", help="Plan, if need be; print plain commands for any scheduler; end.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights, sampling and augmentation.")] = 0,
+    log: LogOption = None,
+    mlflow_uri: MlflowOption = None,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
@@ -659,9 +678,11 @@ def run(
     """
     from autoseg.experiment import outlook
     from autoseg.experiment import run as everything
+    from autoseg.training.loggers import asked_logs
     from autoseg.units import parse_bytes, parse_seconds
 
     screen = SCREEN.get()
+    logs = asked_logs(log or (), mlflow_uri)
     names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
     asked: dict[str, Any] = {
         "workspace": workspace,
@@ -682,7 +703,7 @@ def run(
         if print_commands:
             from autoseg.agenda import commands
 
-            screen.say("\n".join(commands(contest, dataset, workspace, device=device, seed=seed)))
+            screen.say("\n".join(commands(contest, dataset, workspace, device=device, seed=seed, logs=logs)))
         return DONE
     with screen.experiment() as shown, screen.stop_signals() as stop:
         outcome = everything(
@@ -690,6 +711,7 @@ def run(
             **asked,
             licence=licence,
             seed=seed,
+            logs=logs,
             on_part=shown.part,
             on_step=shown.step,
             on_rows=shown.rows,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.inference.evaluation import Evaluation
     from autoseg.training.distributed import World
+    from autoseg.training.loggers import Logs
     from autoseg.training.loop import Progress, TrainedFold
 
 log = logging.getLogger(__name__)
@@ -442,16 +443,18 @@ def train(
     seed: int = 0,
     workers: int | None = None,
     world: World | None = None,
+    logs: Logs | None = None,
     on_step: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrainedFold:
     """Train one fold; a cascade first brings the held-out predictions of its previous stage into a store.
 
-    `world` are the processes that train it together; by default this one alone. Raises what the two parts raise:
-    PlanError, CheckpointError, StorageError, WorkerError.
+    `world` are the processes that train it together; by default this one alone. `logs` are told of every row of
+    history.csv. Raises what the two parts raise: PlanError, CheckpointError, StorageError, WorkerError.
     """
     from autoseg.inference.cascade import prepare_previous_stage
     from autoseg.training.distributed import ALONE
+    from autoseg.training.loggers import NO_LOGS
     from autoseg.training.loop import train_fold
 
     world = world or ALONE
@@ -470,6 +473,7 @@ def train(
         workers=workers,
         previous=previous,
         world=world,
+        logs=logs or NO_LOGS,
         on_step=on_step,
         stop=stop,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class History:
         self.path, self.writes = path, writes
         self.structures = tuple(structures)
         self.rows: list[Row] = []
+        self.loggers: list[Callable[[Row], None]] = []  # what is told of each row besides the file
 
     @property
     def columns(self) -> list[str]:
@@ -62,9 +63,11 @@ class History:
         self.rows = [row for row in rows if row.step <= until_step]
 
     def append(self, row: Row) -> None:
-        """Add a row and write the file."""
+        """Add a row, write the file and tell the loggers."""
         self.rows.append(row)
         self.write()
+        for logger in self.loggers:
+            logger(row)
 
     def write(self) -> None:
         """Write every row to the file, atomically."""

@@ -27,6 +27,7 @@ from autoseg.training.batches import Batch, Samples, batches, collate, default_w
 from autoseg.training.distributed import ALONE, World
 from autoseg.training.folds import load_or_make_folds, select_fold
 from autoseg.training.history import History, Row, draw_curve
+from autoseg.training.loggers import NO_LOGS, LoggedTraining, Logs, open_loggers
 from autoseg.training.schedule import in_decay, learning_rate_factor
 from autoseg.training.settings import (
     HISTORY_ROWS,
@@ -134,6 +135,7 @@ def train_fold(
     previous: Path | None = None,
     world: World = ALONE,
     clock: Callable[[], float] = time.monotonic,
+    logs: Logs = NO_LOGS,
     on_step: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrainedFold:
@@ -144,7 +146,8 @@ def train_fold(
     `previous` is a store with the previous stage's labels (cascade). `stop` is asked after each step; when it says
     yes the training ends with a valid checkpoint and can be resumed. `resume` goes on where an earlier run stopped.
     `workers` processes prepare the patches (0: a thread; default: by the number of cores); it changes no result. The
-    processes of `world` train together, each on a batch of the plan; the first writes the folder.
+    processes of `world` train together, each on a batch of the plan; the first writes the folder. `logs` are told of
+    every row of history.csv.
     Raises PlanError, CheckpointError, StorageError, WorkerError.
     """
     settings = plan.configuration(configuration)
@@ -182,6 +185,8 @@ def train_fold(
     identity["processes"] = world.size
     run = _Run(plan, settings, fold, folder, limits, state, identity)
     run.begin(resume=resume, same_limits=seconds is None and steps is None)
+    if world.first:
+        run.log(logs, workspace.root, resumed=resume)
     online = OnlineDice(held_out, plan.labels, device=torch_device, batch_size=settings.batch_size, world=world)
     return _optimise(
         run,
@@ -427,6 +432,20 @@ class _Run:
             )
         self.history.load(until_step=self.state.step)
         logger.info("%s: going on from step %d, %.0f s", self.folder, self.state.step, self.elapsed)
+
+    def log(self, logs: Logs, workspace: Path, *, resumed: bool) -> None:
+        """Tell `logs` of every row, too. Raises StorageError where one cannot be opened."""
+        training = LoggedTraining(
+            folder=self.folder,
+            workspace=workspace,
+            dataset=self.plan.dataset,
+            name=f"{self.settings.name}, fold {self.fold}",
+            structures=self.plan.labels.names,
+            resumed=resumed,
+            settings=self.identity,
+            mlflow_uri=logs.mlflow_uri,
+        )
+        self.history.loggers = open_loggers(logs.names, training, self.history.rows)
 
     def keep_plateau(self) -> None:
         """Remember the state at the beginning of the decay (once)."""

@@ -312,11 +312,11 @@ def plan_and_preprocess(
     from autoseg.units import parse_bytes, parse_numbers, parse_seconds
 
     screen = SCREEN.get()
-    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
+    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations is not None else None
     asked = asked_super_resolution(
-        input_spacing=parse_numbers(input_spacing, option="--input-spacing") if input_spacing else None,
-        output_spacing=parse_numbers(output_spacing, option="--output-spacing") if output_spacing else None,
-        scale=parse_numbers(sr_scale, option="--sr-scale", counts=(1, 3)) if sr_scale else None,
+        input_spacing=parse_numbers(input_spacing, option="--input-spacing") if input_spacing is not None else None,
+        output_spacing=parse_numbers(output_spacing, option="--output-spacing") if output_spacing is not None else None,
+        scale=parse_numbers(sr_scale, option="--sr-scale", counts=(1, 3)) if sr_scale is not None else None,
         task=task,
     )
     place = workspace_of(dataset, workspace)
@@ -325,8 +325,8 @@ def plan_and_preprocess(
         planned = run(
             dataset,
             workspace=workspace,
-            gpu_memory_bytes=parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else None,
-            fold_seconds=parse_seconds(fold_time, option="--fold-time") if fold_time else None,
+            gpu_memory_bytes=parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory is not None else None,
+            fold_seconds=parse_seconds(fold_time, option="--fold-time") if fold_time is not None else None,
             configurations=names,
             asked=asked,
             drop_broken=drop_cases,
@@ -416,7 +416,7 @@ def train_fold(
     from autoseg.units import format_seconds, parse_seconds
 
     screen = SCREEN.get()
-    seconds = parse_seconds(time, option="--time") if time else None
+    seconds = parse_seconds(time, option="--time") if time is not None else None
     logs = asked_logs(log or (), mlflow_uri)
     plan, place = load_plan(dataset, workspace)
     require_current_store(dataset, plan, configuration, workspace=place)
@@ -545,8 +545,8 @@ def predict(
 
     screen = SCREEN.get()
     share = parse_part(part, option="--part")
-    ram = {"max_ram_bytes": parse_bytes(max_ram, option="--max-ram")} if max_ram else {}
-    asked = parse_numbers(output_spacing, option="--output-spacing") if output_spacing else None
+    ram = {"max_ram_bytes": parse_bytes(max_ram, option="--max-ram")} if max_ram is not None else {}
+    asked = parse_numbers(output_spacing, option="--output-spacing") if output_spacing is not None else None
 
     from autoseg.inference.predictor import load_model
     from autoseg.inference.run import PredictOptions, predict_files
@@ -683,12 +683,12 @@ def run(
 
     screen = SCREEN.get()
     logs = asked_logs(log or (), mlflow_uri)
-    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations else None
+    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations is not None else None
     asked: dict[str, Any] = {
         "workspace": workspace,
-        "seconds": parse_seconds(time, option="--time") if time else None,
+        "seconds": parse_seconds(time, option="--time") if time is not None else None,
         "steps": steps,
-        "gpu_memory_bytes": parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory else None,
+        "gpu_memory_bytes": parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory is not None else None,
         "configurations": names,
         "drop_broken": drop_cases,
         "group_by": group_by,

@@ -156,6 +156,11 @@ def context_slices(name: str, fingerprint: Fingerprint, grid: GridRules) -> int:
 
 def super_resolved_volume(name: str, grid: GridRules, resolution: SuperResolution) -> Form:
     """3D at a fixed scale; at any scale where `name` ends so."""
+    if resolution.source == "self":
+        raise PlanError(
+            f"{name} needs images or labels as fine as its answer to learn from, there are thick slices alone; plan "
+            "2d_sr, which learns in the plane."
+        )
     anywhere = name.endswith("_any")
     if anywhere and sum(s > 1 for s in resolution.scale) != 1:
         raise PlanError(

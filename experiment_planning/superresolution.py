@@ -180,6 +180,10 @@ def choose_super_resolution(
             against.append(found)
         else:
             found = "; ".join(against)
+    thin = None if isinstance(found, str) else _thinner_than_a_slice(question, found[0])
+    if thin and (named or asked.anything):
+        raise PlanError(f"{thin}; leave the case out, or ask for a smaller scale.")
+    found = thin or found
     if isinstance(found, str):
         notes.add("super_resolution", False, found + ".")
         return None
@@ -200,6 +204,25 @@ def choose_super_resolution(
     spacing = f"from {sizes(resolution.input_spacing)} to {sizes(resolution.output_spacing)} mm (slices first)"
     notes.add("super_resolution.output_spacing", resolution.output_spacing, f"{spacing}.")
     return resolution
+
+
+def _thinner_than_a_slice(question: _Question, resolution: SuperResolution) -> str | None:
+    """The first case of which not one input slice can be made; None where all are thick enough."""
+    grid, spacing = question.grid, resolution.store_spacing
+    largest = max((*resolution.scale, *(resolution.spread or ())))
+    factors = {
+        "degraded": [largest if s > 1 else 1.0 for s in resolution.scale] if resolution.spread else resolution.scale,
+        "self": (1.0, largest, largest),
+    }.get(resolution.source, (1.0, 1.0, 1.0))
+    for number, case in enumerate(question.fingerprint.cases):
+        for axis, (size, factor) in enumerate(zip(grid.shape_on(number, spacing), factors, strict=True)):
+            if size < factor:
+                return (
+                    f"Case {case.identifier} of {question.fingerprint.dataset} has {size} voxels of {spacing[axis]:g} "
+                    f"mm along {'zyx'[grid.axis_order[axis]]}, fewer than the {factor:g} of one input slice of "
+                    f"{factor * spacing[axis]:g} mm"
+                )
+    return None
 
 
 _SOURCES = {

@@ -595,3 +595,12 @@ def test_a_stop_before_the_first_step_leaves_no_model(plan: Plan, workspace: Wor
     trained = train(plan, workspace, stop=lambda: True)
     assert trained.steps == 0 and not trained.checkpoint.exists()
     assert train(plan, workspace, resume=True).checkpoint.exists()
+
+
+def test_a_single_case_can_be_trained_on_but_not_held_out(
+    tiny_dataset: Callable[..., Path], plan: Plan, tmp_path: Path
+) -> None:
+    alone = preprocessed(tiny_dataset(cases=1), plan, tmp_path / "alone")
+    with pytest.raises(PlanError, match="Folds need at least two cases, got 1; train fold 'all' instead"):
+        train(plan, alone)
+    assert train(plan, alone, fold="all", steps=1).finished

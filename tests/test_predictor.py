@@ -324,10 +324,10 @@ def test_a_volume_thinner_than_the_stack_is_refused_with_its_number_of_slices(vi
 
 
 def thick_image(seed: int = 0) -> Image:
-    """Six slices of 4 mm, of intensities that vary smoothly; darkness at one end is cut away."""
-    array = np.random.default_rng(seed).uniform(50, 150, (1, 6, 9, 8)).astype(np.float32)
+    """Seven slices of 4 mm; darkness at one end is cut away, six are what the network divides without padding."""
+    array = np.random.default_rng(seed).uniform(50, 150, (1, 7, 9, 8)).astype(np.float32)
     array[:, :1] = 0
-    return Image(array, Grid((6, 9, 8), (4.0, 1.0, 1.0), (3.0, -4.0, 5.0)))
+    return Image(array, Grid((7, 9, 8), (4.0, 1.0, 1.0), (3.0, -4.0, 5.0)))
 
 
 def interpolated(array: np.ndarray, factor: int) -> np.ndarray:
@@ -342,7 +342,7 @@ def interpolated(array: np.ndarray, factor: int) -> np.ndarray:
 def test_a_super_resolving_model_answers_on_the_refined_grid():
     image, model = thick_image(), fine_threshold_model()
     labels = model.predict(image)
-    assert labels.shape == (24, 9, 8) and labels.grid.spacing == (1.0, 1.0, 1.0)
+    assert labels.shape == (28, 9, 8) and labels.grid.spacing == (1.0, 1.0, 1.0)
     assert labels.grid.origin == (1.5, -4.0, 5.0), "half a thick slice less half a thin one before"
     inside = image.array[:, 1:]
     fine = interpolated(inside, 4)
@@ -400,7 +400,7 @@ def test_on_the_native_grid_a_voxel_gets_the_class_of_the_largest_mean_probabili
     image, model = thick_image(), fine_threshold_model()
     labels = model.predict(image, native=True)
     assert labels.grid == image.grid
-    fine = model.predict_probabilities(image).array[1, 4:].reshape(5, 4, 9, 8).mean(1)
+    fine = model.predict_probabilities(image).array[1, 4:].reshape(6, 4, 9, 8).mean(1)
     clear = np.abs(fine - 0.5) > 0.01
     assert np.array_equal(labels.array[0, 1:][clear], np.where(fine > 0.5, 3, 0)[clear])
     native = model.predict_probabilities(image, native=True)
@@ -419,7 +419,7 @@ def test_a_real_super_resolving_network_predicts_in_tiles_what_it_predicts_at_on
     model = load_model(tmp_path / "fold_0", "cpu")
     image = thick_image()
     labels, fine = model.predict(image), model.predict_image(image)
-    assert labels.shape == fine.shape == (24, 9, 8)
+    assert labels.shape == fine.shape == (28, 9, 8)
     # an untrained head is an interpolation
     np.testing.assert_allclose(fine.array[:, 4:], interpolated(image.array[:, 1:], 4), rtol=1e-3)
 
@@ -427,11 +427,11 @@ def test_a_real_super_resolving_network_predicts_in_tiles_what_it_predicts_at_on
 def test_a_model_without_labels_gives_an_image_only_and_one_without_an_image_head_labels_only():
     image = thick_image()
     only_image = fine_threshold_model(labels=False)
-    assert only_image.predict_image(image).shape == (24, 9, 8)
+    assert only_image.predict_image(image).shape == (28, 9, 8)
     with pytest.raises(PredictionError, match="trained without labels"):
         only_image.predict(image)
     only_labels = fine_threshold_model(image=False)
-    assert only_labels.predict(image).shape == (24, 9, 8)
+    assert only_labels.predict(image).shape == (28, 9, 8)
     for model in (only_labels, threshold_model()):
         with pytest.raises(PredictionError, match="no image head"):
             model.predict_image(image)
@@ -446,11 +446,11 @@ def test_self_supervised_slices_go_through_the_planes_in_both_directions():
     model = replace(model, configuration=replace(model.configuration, architecture=flat, preprocessing=thick))
     image = thick_image()
     fine = model.predict_image(image)
-    assert fine.shape == (24, 9, 8)
+    assert fine.shape == (28, 9, 8)
     np.testing.assert_allclose(fine.array[:, 4:], interpolated(image.array[:, 1:], 4), rtol=1e-4)
     network = model.networks[0]
     assert {shape[2:] for shape in network.shapes} == {(1, 6, 8), (1, 6, 10)}
-    assert {grid.shape for grid in network.grids} == {(1, 20, 8), (1, 20, 9)}
+    assert {grid.shape for grid in network.grids} == {(1, 24, 8), (1, 24, 9)}
 
 
 ANY_SCALE = {"sr_range": (1.5, 6.0)}
@@ -480,7 +480,7 @@ def test_an_any_scale_model_answers_on_the_grid_that_is_asked_for(distance):
     fine = model.predict_image(image, output_spacing=(distance, 1.0, 1.0))
     z = labels.grid.origin[0] + distance * np.arange(labels.shape[0])
     inside = z > outer_faces(image.grid)[0][0] + 4 + distance
-    centres = image.grid.origin[0] + 4 * np.arange(6)
+    centres = image.grid.origin[0] + 4 * np.arange(7)
     expected = np.apply_along_axis(lambda line: np.interp(z, centres[1:], line), 1, image.array[:, 1:])
     np.testing.assert_allclose(fine.array[:, inside], expected[:, inside], rtol=1e-3)
 

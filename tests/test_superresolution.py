@@ -359,7 +359,7 @@ def test_bodies_of_one_scale_share_a_store():
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    shape=st.tuples(*(st.integers(5, 120) for _ in range(3))),
+    shape=st.tuples(*(st.integers(8, 120) for _ in range(3))),
     spacing=st.tuples(*(st.floats(0.5, 2.0) for _ in range(3))),
     scale=st.floats(1.3, 8.0),
     axis=st.integers(0, 2),
@@ -430,6 +430,24 @@ def test_a_name_alone_needs_grids_from_somewhere(counted):
         plan_by_memory(dataset(), configurations=["3d_sr"])
 
 
+def test_a_case_that_is_thinner_than_one_input_slice_is_named():
+    thin = replace(dataset(cases=1).cases[0], identifier="scout", shape=(3, 50, 35))
+    found = replace(dataset(), cases=(*dataset().cases, thin))
+    for asked, named in ((Asked(scale=(4.0,)), False), (Asked(input_spacing=(4.0, 1.0, 1.0)), True)):
+        with pytest.raises(PlanError, match="Case scout of .* has 3 voxels of 1 mm along z, fewer than the 4 of one"):
+            choose(found, asked, named=named)
+    assert choose(found, Asked(scale=(3.0,)))[0] is not None
+    mix = mixed(15, 30)
+    resolution, because = choose(replace(mix, cases=(*mix.cases, replace(thin, spacing=(1.0, 1.0, 1.0)))))
+    assert resolution is None and "Case scout" in because, "what nobody asked for is left out"
+
+
+@pytest.mark.parametrize("name", ["3d_sr", "3d_sr_any", "2.5d_stack_sr"])
+def test_only_slices_in_the_plane_learn_from_thick_slices_alone(name, counted):
+    with pytest.raises(PlanError, match=f"{name} needs images or labels as fine as its answer.*plan 2d_sr"):
+        plan_by_memory(dataset((12, 60, 60), (4.0, 1.0, 1.0)), configurations=[name], ceiling=lambda scale: 0.8)
+
+
 def test_stores_can_be_filled_before_the_networks_are_sized(counted):
     asked = Asked(input_spacing=(4.0, 1.0, 1.0))
     for fingerprint, options in (
@@ -448,6 +466,10 @@ def test_stores_can_be_filled_before_the_networks_are_sized(counted):
         (("--sr-scale", "0.5"), "--sr-scale 0.5"),
         (("--sr-scale", "2,2"), "--sr-scale 2,2: expected one number or 3 numbers"),
         (("--input-spacing", "4"), "--input-spacing 4: expected 3 numbers"),
+        (("--input-spacing", ""), "--input-spacing : expected 3 numbers"),
+        (("--input-spacing", "nan,1,1"), "--input-spacing nan,1,1: expected 3 numbers"),
+        (("--output-spacing", "-1,1,1"), "--output-spacing -1,1,1: a spacing is above 0 mm"),
+        (("--configurations", ""), "No configuration was asked for"),
         (("--output-spacing", "9,9,9"), "9 mm is coarser than the input's 2 mm"),
         (("--input-spacing", "99,1,1"), "the limit is 8"),
         (("--task", "restore"), "--task 'restore' is not known"),
@@ -463,7 +485,7 @@ def test_the_command_refuses_with_a_sentence_and_writes_nothing(
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2, result.output
     assert sentence in result.stderr and "should not happen" not in result.stderr
-    assert not [path for path in workspace.rglob("*") if path.is_file()]
+    assert not [path for path in workspace.rglob("*") if path.is_file() and path.name != "run.lock"]
 
 
 def test_a_plan_of_trained_models_answers_only_the_grids_that_it_was_made_for(counted):

@@ -25,7 +25,7 @@ from autoseg.preprocessing.degradation import fine_cases, is_thick
 from autoseg.preprocessing.store import Store
 from autoseg.training.batches import Batch, Samples, batches, collate, default_workers
 from autoseg.training.distributed import ALONE, World
-from autoseg.training.folds import load_or_make_folds, select_fold
+from autoseg.training.folds import ALL, load_or_make_folds, select_fold
 from autoseg.training.history import History, Row, draw_curve
 from autoseg.training.loggers import NO_LOGS, LoggedTraining, Logs, open_loggers
 from autoseg.training.schedule import in_decay, learning_rate_factor
@@ -164,7 +164,8 @@ def train_fold(
     cases = store.cases()
     if not cases:
         raise StorageError(f"{store.folder}: no preprocessed case is there; run `autoseg plan-and-preprocess` first.")
-    split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
+    # one case alone cannot be held out, but trained on
+    split = select_fold([] if fold == ALL else load_or_make_folds(workspace.folds, cases), fold, cases)
     store.require_whole((*split.train, *split.validation))
     earlier = _previous_stage(settings, previous, (*split.train, *split.validation))
     together = replace(settings, batch_size=settings.batch_size * world.size)

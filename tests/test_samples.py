@@ -23,10 +23,10 @@ from autoseg.preprocessing.degradation import degrade_entry, input_moments
 from autoseg.preprocessing.store import Store
 from autoseg.training.augment import Augmentation
 from autoseg.training.batches import Samples, _seed_everything, collate
-from autoseg.training.samples import common_face
+from autoseg.training.samples import common_middle
 from autoseg.training.sampling import read_patch
 from autoseg.training.settings import CURRICULUM_STEPS
-from autoseg.training.shapes import blank_batch, fine_patch, sample_shapes
+from autoseg.training.shapes import blank_batch, fine_patch, paired_grid, sample_shapes
 
 MANY = Labels.from_json({"background": 0, **{f"slice_{i}": i for i in range(1, 31)}})
 STILL = TrainingSettings(mirror_axes=())
@@ -183,14 +183,23 @@ def test_a_fine_patch_holds_exactly_the_thick_slices_that_are_asked_for(size: in
 
 
 @settings(max_examples=100, deadline=None)
-@given(start=st.integers(-20, 100), scale=st.one_of(st.sampled_from([1.0, 2.0, 1.5, 2.5, 1.25]), st.floats(1, 8)))
-def test_paired_patches_begin_where_two_faces_meet(start: int, scale: float) -> None:
-    moved = common_face(start, scale)
-    assert abs(moved - start) <= 4
-    if (scale * 4).is_integer():
-        assert (moved * scale).is_integer()
-    if scale.is_integer():
-        assert moved == start
+@given(
+    start=st.integers(-20, 100),
+    size=st.integers(1, 40),
+    scale=st.one_of(st.sampled_from([1.0, 2.0, 1.5, 2.5, 1.25]), st.floats(1, 8)),
+    more=st.floats(-0.01, 0.01),
+)
+def test_paired_patches_have_their_middles_in_the_same_place(start: int, size: int, scale: float, more: float) -> None:
+    grid = paired_grid((size, 8, 8), (scale, 1.0, 1.0))
+    assert math.isclose(grid.shape[0] + 2 * grid.start[0], size * scale, abs_tol=1e-6)
+    first, fine_first = common_middle(start, size, scale + more, grid.shape[0])
+    assert abs(first - start) <= 4
+    apart = abs((first + size / 2) * (scale + more) - fine_first - grid.shape[0] / 2)
+    assert apart <= 0.5 + 1e-9
+    if more == 0 and (size * scale).is_integer() and (scale * 4).is_integer():
+        assert apart == 0
+    if more == 0 and scale.is_integer():
+        assert (first, fine_first) == (start, start * scale)
 
 
 SHAPES: dict[str, Configuration] = {
@@ -412,6 +421,33 @@ def test_a_paired_label_lies_where_the_image_says(tmp_path: Path, scale: tuple[f
         found = np.moveaxis(sample.label[0].numpy(), axis, 0)[:, 0, 0]
         inside = (positions >= 0) & (positions <= len(line) - 1) & (found > 0)
         assert np.abs(expected - found)[inside].max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize(("scale", "patch"), [(2.4, 4), (2.5, 3), (1.6, 5), (2.7, 8)])
+def test_a_paired_label_that_is_no_whole_number_of_times_finer_stays_in_place(
+    tmp_path: Path, scale: float, patch: int, augment: bool
+) -> None:
+    voxels, fine = 9, round(9 * scale)
+    configuration = sr_configuration(source="paired", scale=(scale, 1.0, 1.0), image=False, patch_size=(patch, 8, 8))
+    label = np.broadcast_to(np.arange(1, fine + 1, dtype=np.int16)[:, None, None], (fine, 8, 8))
+    image = np.broadcast_to(np.arange(1, voxels + 1, dtype=np.float32)[:, None, None], (voxels, 8, 8))
+    samples = samples_of(tmp_path, configuration, label, image=image[None], labels=MANY, augment=augment)
+    samples.augmentation.intensity = lambda **sample: sample  # type: ignore[assignment]
+    worst, mirrored = 0.0, 0
+    for step in range(40):
+        sample = samples[step, 0]
+        assert sample.grid is not None
+        place = (sample.grid.start[0] + np.arange(sample.grid.shape[0]) + 0.5) / scale - 0.5  # in voxels of the patch
+        line, found = sample.image[0, :, 4, 4].numpy(), sample.label[0, :, 4, 4].numpy()
+        shown = np.interp(place, np.arange(patch), line > 0) == 1  # beyond the image there are zeros
+        inside = shown & (place >= 0) & (place <= patch - 1) & (found > 0)
+        here = np.interp(place, np.arange(patch), line) - 1  # in voxels of the image
+        there = (found - 0.5) * voxels / fine - 0.5
+        worst = max(worst, float(np.abs(here - there)[inside].max()) * scale)
+        mirrored += line[line > 0][0] > line[line > 0][-1]
+    assert worst < 0.15  # label voxels
+    assert bool(mirrored) == augment
 
 
 def test_an_augmented_paired_sample_lines_up(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from autoseg.training.sampling import inside_mask, read_moved, read_patch
 from autoseg.training.shapes import fine_patch, paired_grid
 
 COVERED = 0.5  # share of a thick slice that must lie in the image; a slice with less is outside and zero, as a patch is
-SHIFTS = 4  # input voxels by which a patch may be moved to a place where input and label voxels begin together
+SHIFTS = 4  # input voxels by which a patch may be moved to a place where the middles of input and label meet
 
 
 class Sample(NamedTuple):
@@ -157,7 +157,11 @@ def thick_slices(fine: Tensor, inside: Tensor, scale: Vector, acquisition: Acqui
 
 
 class Paired:
-    """The label lies on a finer grid than the image; both are read where their voxels begin together."""
+    """The label lies on a finer grid than the image; both are read around the same place.
+
+    That is found with the case's own ratio of voxels. The answer is asked for at the planned one, which differs where
+    the scale is not whole: by half a label voxel over the whole image, so by a quarter at the ends of a patch at most.
+    """
 
     def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
         self.patch, self.halo = configuration.patch_size, configuration.architecture.halo
@@ -172,11 +176,13 @@ class Paired:
         _, *plane = source_size(self.configuration) if turns else self.patch
         image_size = (self.patch[0], plane[0], plane[1])
         label_size = (grid.shape[0], plane[0], plane[1]) if turns else grid.shape
-        first = [common_face(start, factor) for start, factor in zip(place.start, scale, strict=True)]
+        voxels, finest = place.entry.shape, place.entry.shape_of("label") if place.entry.has("label") else None
+        finer = scale if finest is None else [n / m for n, m in zip(finest, voxels, strict=True)]
+        places = [common_middle(*axis) for axis in zip(place.start, self.patch, finer, grid.shape, strict=True)]
+        first, fine_first = zip(*places, strict=True)
         z, y, x = _around(first, self.patch, image_size)
         deep, edges = (image_size[0] + 2 * self.halo, *image_size[1:]), (0,) if self.halo else ()
         image = _floats(read_patch(place.entry, "image", (z - self.halo, y, x), deep, replicate=edges))
-        fine_first = [round(start * factor) for start, factor in zip(first, scale, strict=True)]
         label = _labels(_read_label(place.entry, _around(fine_first, grid.shape, label_size), label_size))
         seed()
         if turns:
@@ -227,12 +233,20 @@ class ReferencePatch:
         return self.augmentation.disturb_reference(reference) if self.augment else reference
 
 
-def common_face(start: int, scale: float) -> int:
-    """The input voxel nearest to `start` that begins where a label voxel does, or as nearly as any within SHIFTS."""
-    return min(
+def common_middle(start: int, size: int, finer: float, asked: int) -> tuple[int, int]:
+    """Where `size` input voxels and `asked` label voxels, `finer` times as many, begin so that their middles meet.
+
+    The input voxel nearest to `start` of those within SHIFTS from which on they meet best, to a tenth of a voxel.
+    """
+
+    def label_start(voxel: int) -> float:
+        return (voxel + size / 2) * finer - asked / 2
+
+    first = min(
         range(start - SHIFTS, start + SHIFTS + 1),
-        key=lambda voxel: (round(abs(voxel * scale - round(voxel * scale)), 3), abs(voxel - start)),
+        key=lambda voxel: (round(abs(label_start(voxel) - round(label_start(voxel))), 1), abs(voxel - start)),
     )
+    return first, round(label_start(first))
 
 
 SOURCES: dict[str, type[Source]] = {"none": SameGrid, "degraded": Degraded, "self": Degraded, "paired": Paired}

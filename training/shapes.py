@@ -59,9 +59,10 @@ def fine_patch(patch: Shape, scale: Vector, *, halo: int = 0) -> FinePatch:
 
 
 def paired_grid(patch: Shape, scale: Vector) -> OutputGrid:
-    """The label's voxels behind an input patch that begins where one of them does."""
+    """The label's voxels behind an input patch; both have their middle in the same place, mirrored or not."""
     z, y, x = (math.ceil(size * factor - ROUNDING) for size, factor in zip(patch, scale, strict=True))
-    return OutputGrid((z, y, x), scale)
+    starts = [-(n - size * factor) / 2 for n, size, factor in zip((z, y, x), patch, scale, strict=True)]
+    return OutputGrid((z, y, x), scale, (starts[0], starts[1], starts[2]))
 
 
 def output_grid(patch: Shape, scale: Vector, *, halo: int, source: str) -> OutputGrid | None:

@@ -102,6 +102,11 @@ def read_header(path: Path, expected_format: str) -> dict[str, Any]:
     return _read(path, expected_format, tensors=False)[1]
 
 
+def checkpoint_id(path: Path) -> str:
+    """Tells one checkpoint from another by its content, without reading its tensors. Raises CheckpointError."""
+    return f"{read_header(path, FORMAT).get(CHECKSUM)}"
+
+
 def load_tensors(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of such a file. Raises CheckpointError where it is missing, damaged or of another format."""
     tensors, header = _read(path, expected_format, tensors=True)

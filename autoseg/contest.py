@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from autoseg.checkpoint import checkpoint_id
 from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError
 from autoseg.files import read_json
@@ -22,7 +23,7 @@ from autoseg.pipeline import is_of_split
 from autoseg.plan import Plan
 from autoseg.training.folds import Fold
 from autoseg.training.loop import Standing, read_standing
-from autoseg.workspace import CHECKPOINT, SUMMARY, VALIDATION, Workspace
+from autoseg.workspace import CHECKPOINT, SCORED, SUMMARY, VALIDATION, Workspace
 
 MOST_FORK_PREDICTION = (
     1.0  # of a timed fork's training time that predicting its held-out cases may take; else fewer ...
@@ -213,7 +214,8 @@ class Contest:
         summary, checkpoint = folder / VALIDATION / SUMMARY, folder / CHECKPOINT
         if not summary.is_file() or not checkpoint.is_file():
             return False
-        if summary.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
+        content = read_json(summary, error=PlanError, what="summary of scores", remedy="delete it")
+        if not isinstance(content, dict) or content.get(SCORED) != checkpoint_id(checkpoint):
             return False
         return is_of_split(self.plan, task.configuration, task.fold, workspace=self.place)
 

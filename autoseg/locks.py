@@ -29,7 +29,7 @@ def alone(path: Path, *, what: str) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed below, and what is open is what is locked)
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below, and what is open is what is locked)
     except OSError as error:
         raise storage_error(path.parent, error) from error
     with file:
@@ -38,15 +38,14 @@ def alone(path: Path, *, what: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in HELD:
                 file.seek(0)
-                owner = file.read().strip() or "unknown"
+                owner = file.read().decode(errors="replace").strip() or "unknown"
                 raise StorageError(
                     f"{what} (process {owner}); wait for its end, or choose another --workspace."
                 ) from error
             log.warning("%s: cannot be locked (%s); see to it that only one run works here.", path, error.strerror)
         try:
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            file.write(str(os.getpid()).encode())
         except OSError as error:
             raise storage_error(path, error) from error
         yield
@@ -55,7 +54,7 @@ def alone(path: Path, *, what: str) -> Iterator[None]:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: IO[str]) -> None:
+    def _lock(file: IO[bytes]) -> None:
         os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         os.lseek(file.fileno(), 0, os.SEEK_SET)
@@ -63,5 +62,5 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(file: IO[str]) -> None:
+    def _lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from autoseg.dataset import RawDataset, list_cases
 from autoseg.errors import CheckpointError, DatasetError, PlanError, StorageError
-from autoseg.executor import start_workers, stop_workers
+from autoseg.executor import host_memory_bytes, start_workers, stop_workers
 from autoseg.labels import Labels
-from autoseg.plan import Budget, Plan, PreprocessingSettings, Vector, to_json
+from autoseg.plan import Budget, Configuration, Plan, PreprocessingSettings, Vector, to_json
 from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, MODELS, Workspace
 
@@ -110,6 +111,8 @@ def plan_and_preprocess(
     filled: tuple[PreprocessingSettings, ...] = ()
     if keep_plan:
         plan, _ = load_plan(dataset.root, workspace)
+        if group_by or folds:
+            _write_folds(dataset, place, workers=workers, drop_cases=list(dropped), group_by=group_by, given=folds)
     else:
         plan, filled = _plan(
             dataset,
@@ -189,6 +192,27 @@ def _plan(
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
     return plan, early if filling is not None and filling.result() else ()
+
+
+def _write_folds(
+    dataset: RawDataset,
+    place: Workspace,
+    *,
+    workers: int,
+    drop_cases: Sequence[str],
+    group_by: str | None,
+    given: Path | None,
+) -> None:
+    """The folds that are asked for beside a plan that stays; it may have been made elsewhere, so cases are measured."""
+    from autoseg.experiment_planning.fingerprint import extract_fingerprint
+    from autoseg.experiment_planning.folds import plan_folds
+    from autoseg.training.folds import write_folds
+
+    fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
+    trained = bool(_trained(place))
+    folds = plan_folds(dataset.root, fingerprint, place.folds, group_by=group_by, given=given, trained=trained)
+    if folds:
+        write_folds(place.folds, folds)
 
 
 @contextlib.contextmanager
@@ -297,6 +321,7 @@ def load_plan(dataset_root: Path, workspace: Path | None = None) -> tuple[Plan, 
         ("channels", plan.channels, dataset.channels),
         ("channels on grids of their own", plan.reference_channels, dataset.reference_channels),
         ("labels", plan.labels, dataset.labels),
+        ("file ending", plan.file_ending, dataset.file_ending),
     ):
         if planned != found:
             raise PlanError(
@@ -323,7 +348,7 @@ def trained_configuration(plan: Plan, place: Workspace) -> str:
 
 def _shown(value: object) -> str:
     if isinstance(value, Labels):
-        pairs = zip(value.names, value.values, strict=True)
+        pairs = zip(value.names, value.values, strict=False)  # of a plan that was edited, perhaps
         return ", ".join(f"{name} {'+'.join(map(str, values))}" for name, values in pairs)
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
@@ -430,6 +455,28 @@ def require_folds(dataset_root: Path, *, workspace: Workspace) -> None:
             write_folds(workspace.folds, folds)
 
 
+def _require_memory(configuration: Configuration, device: str) -> None:
+    """Refuse a step that cannot fit, before the system ends the process without a word. Raises PlanError.
+
+    What is counted is certainly needed: the parameters with gradients and two moments, and what the convolutions at
+    full resolution keep for the backward pass, in bf16. A GPU says itself that it is full.
+    """
+    from autoseg.device import resolve_device
+
+    if resolve_device(device).type != "cpu":
+        return
+    a, voxels = configuration.architecture, configuration.batch_size * math.prod(configuration.patch_size)
+    weights = sum(n * math.prod(k) * f * f for n, k, f in zip(a.encoder_convs, a.kernels, a.features, strict=True))
+    finest = a.encoder_convs[0] + sum(a.decoder_convs[-1:])
+    needed, limit = 16 * weights + 2 * 2 * voxels * a.features[0] * finest, host_memory_bytes()
+    if needed > limit:
+        raise PlanError(
+            f"Configuration {configuration.name}: a step of batch {configuration.batch_size} with patch "
+            f"{list(configuration.patch_size)} needs at least {format_bytes(needed)}, this machine has "
+            f"{format_bytes(limit)}; take a smaller batch, patch or network."
+        )
+
+
 def train(
     plan: Plan,
     configuration: str,
@@ -452,6 +499,7 @@ def train(
     `world` are the processes that train it together; by default this one alone. `logs` are told of every row of
     history.csv. Raises what the two parts raise: PlanError, CheckpointError, StorageError, WorkerError.
     """
+    _require_memory(plan.configuration(configuration), device)
     from autoseg.inference.cascade import prepare_previous_stage
     from autoseg.training.distributed import ALONE
     from autoseg.training.loggers import NO_LOGS

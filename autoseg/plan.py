@@ -44,6 +44,9 @@ HIGHEST_ORDER = 5  # of the splines that scipy has
 # no network that trains anywhere comes near these; beyond them building one takes for ever
 MOST_STAGES, MOST_CONVOLUTIONS, MOST_FEATURES, LARGEST_KERNEL = 32, 64, 2**14, 31
 SPACINGS = (1e-6, 1e6)  # mm; from microscopes to more than a patient
+# no network that trains anywhere comes near these; beyond them building one takes for ever
+MOST_STAGES, MOST_CONVOLUTIONS, MOST_FEATURES, LARGEST_KERNEL = 32, 64, 2**14, 31
+SPACINGS = (1e-6, 1e6)  # mm; from microscopes to more than a patient
 SPARSE = {"sparse": True}  # of a field that is not written where it has its default: plans without it keep their id
 
 
@@ -385,11 +388,13 @@ def check_plan(plan: Plan, *, where: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if not names or twice:
         raise PlanError(f"{where}: " + (f"two configurations are named '{twice}'." if twice else "no configuration."))
+    if plan.budget.gpu_memory_bytes < 0 or not 0 <= plan.budget.fold_seconds < math.inf:
+        raise PlanError(f"{where}: the budget must not be negative, got {to_json(plan.budget)}.")
     for decision in plan.decisions:
         if decision.kind not in KINDS:
             raise PlanError(f"{where}: decision {decision.name}: {unknown_choice('kind', decision.kind, KINDS)}")
     for configuration in plan.configurations:
-        checks = (_network_problem, _preprocessing_problem, _training_problem)
+        checks = (_stage_problem, _network_problem, _preprocessing_problem, _training_problem)
         problem = next((found for check in checks if (found := check(configuration, plan))), None)
         if problem:
             raise PlanError(f"{where}: configuration {configuration.name}: {problem.rstrip('.')}.")
@@ -411,6 +416,11 @@ def _network_problem(c: Configuration, plan: Plan) -> str | None:
         return f"decoder_convs must have {stages - 1} entries, one fewer than stages, got {len(a.decoder_convs)}"
     if min(a.features) < 1 or min(a.encoder_convs) < 1 or min(a.decoder_convs, default=1) < 1:
         return "features, encoder_convs and decoder_convs must be at least 1"
+    kernel = max(k for kernel in a.kernels for k in kernel)
+    largest = (stages, max(*a.encoder_convs, *a.decoder_convs, 1), max(a.features), kernel)
+    limits = (MOST_STAGES, MOST_CONVOLUTIONS, MOST_FEATURES, LARGEST_KERNEL)
+    if any(value > limit for value, limit in zip(largest, limits, strict=True)):
+        return f"stages, convolutions, features and kernels may be up to {limits}, got {largest}"
     if a.strides[0] != (1, 1, 1) or any(s < 1 for stride in a.strides for s in stride):
         return f"strides must be at least 1 and begin with [1, 1, 1], got {list(a.strides)}"
     if any(k < 1 or k % 2 == 0 for kernel in a.kernels for k in kernel):
@@ -496,7 +506,7 @@ def _super_resolution_problem(c: Configuration, plan: Plan) -> str | None:
     if a.image_channels not in (0, own_channels):
         return f"image_channels must be 0 or the image's {own_channels}, got {a.image_channels}"
     unknown = next((name for name in c.training.image_losses if name not in IMAGE_LOSSES), None)
-    if unknown:
+    if unknown is not None:
         return unknown_choice("image loss", unknown, IMAGE_LOSSES)
     return _source_problem(c) or _acquisition_problem(c)
 
@@ -548,8 +558,11 @@ def _preprocessing_problem(c: Configuration, plan: Plan) -> str | None:
         return f"normalization needs one entry for each of the {len(plan.channels)} channels"
     if sorted(c.preprocessing.axis_order) != [0, 1, 2]:
         return f"axis_order must be a permutation of [0, 1, 2], got {list(c.preprocessing.axis_order)}"
-    if any(s is not None and not 0 < s < math.inf for s in c.preprocessing.spacing):
-        return f"spacing must be positive, got {list(c.preprocessing.spacing)}"
+    if any(s is not None and not SPACINGS[0] <= s <= SPACINGS[1] for s in c.preprocessing.spacing):
+        low, high = SPACINGS
+        return f"spacing must be positive, from {low:g} to {high:g} mm, got {list(c.preprocessing.spacing)}"
+    if not all(1 <= n <= MOST_VOXELS for n in c.median_shape):
+        return f"median_shape must be three numbers of voxels, got {list(c.median_shape)}"
     if not 0 <= c.preprocessing.image_order <= HIGHEST_ORDER:
         return f"image_order must be from 0 to {HIGHEST_ORDER}, got {c.preprocessing.image_order}"
     for n in c.preprocessing.normalization:
@@ -571,8 +584,12 @@ def _training_problem(c: Configuration, plan: Plan) -> str | None:
             return f"{name} must be among 0, 1, 2, each once, got {list(axes)}"
     if not re.fullmatch(r"\w[\w.-]*", c.name):
         return "the name is that of a folder too: letters, digits, '_', '-' and '.', the first a letter or digit"
+    return None
+
+
+def _stage_problem(c: Configuration, plan: Plan) -> str | None:
     before = next((other for other in plan.configurations if other.name == c.previous_stage), None)
-    if c.previous_stage and before is None:
+    if c.previous_stage is not None and before is None:
         return f"previous_stage '{c.previous_stage}' is not a configuration of this plan"
     if before is not None and before.previous_stage:
         return f"previous_stage '{before.name}' has a previous stage itself; a cascade has two stages"

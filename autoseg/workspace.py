@@ -22,6 +22,7 @@ VALIDATION = "validation"  # held-out predictions, scores, pictures
 
 # in the folder `validation`
 SUMMARY = "summary.json"  # every score
+SCORED = "checkpoint"  # its key of the checkpoint that was scored: not by time, since clocks can jump back
 PICTURES = "pictures"  # best.png, median.png, worst.png
 
 

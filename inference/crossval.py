@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoseg.checkpoint import checkpoint_id
 from autoseg.dataset import Case, RawDataset, read_case
 from autoseg.errors import AutosegError, CheckpointError, PlanError
 from autoseg.files import read_json, write_json
@@ -40,7 +41,7 @@ from autoseg.labels import Labels
 from autoseg.plan import Plan
 from autoseg.preprocessing.resample import resample_image
 from autoseg.preprocessing.store import Store
-from autoseg.workspace import CHECKPOINT, PICTURES, SUMMARY, VALIDATION, Workspace
+from autoseg.workspace import CHECKPOINT, PICTURES, SCORED, SUMMARY, VALIDATION, Workspace
 
 __all__ = ["prepare_previous_stage", "validate_fold"]  # training a cascade needs both
 
@@ -103,7 +104,7 @@ def validate_fold(
     labels = plan.labels if labelled else NO_LABELS
     evaluation = evaluate_pairs(pairs, labels=labels, workers=workers, note=note)
     evaluation = replace(evaluation, failed={**evaluation.failed, **failed}, images=images)
-    evaluation.save(validation / SUMMARY)
+    write_json(validation / SUMMARY, {**evaluation.to_json(), SCORED: checkpoint_id(folder / CHECKPOINT)})
     if pictures and labelled:
         draw_predictions(evaluation, dataset, validation)
     return evaluation

@@ -38,6 +38,7 @@ ZIP_ENDING = ".zip"
 UNDATED = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: the same model gives the same bytes
 BLOCK_BYTES = 2**20
 MANIFEST_BYTES = 2**24  # a longer manifest is none
+MOST_UNPACKED = 50  # times the size of a zip: weights hardly shrink, so more than that is a bomb
 
 
 def export_model(
@@ -105,7 +106,10 @@ def unpacked(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="autoseg-") as temporary:
             folder = Path(temporary)
             _extract(path, folder)
-            yield folder
+            try:
+                yield folder
+            except CheckpointError as error:  # nobody knows the temporary folder
+                raise CheckpointError(str(error).replace(str(folder), str(path))) from error
     except OSError as error:
         raise CheckpointError(f"{path}: the model cannot be unpacked ({error.strerror or error}).") from error
 
@@ -234,6 +238,8 @@ def _listed(manifest: Any, *, where: Path) -> dict[str, tuple[str, int]]:
         raise CheckpointError(
             f"{where}: {MANIFEST} has no list of files with checksums; get the model again."
         ) from error
+    if not any(name.startswith(f"{MODELS}/") for name in listed):
+        raise CheckpointError(f"{where}: {MANIFEST} lists no weights; get the model again.")
     for name in listed:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
@@ -262,6 +268,12 @@ def _extract(path: Path, folder: Path) -> None:
             if MANIFEST not in entries or entries[MANIFEST].file_size > MANIFEST_BYTES:
                 raise CheckpointError(f"{path}: this zip holds no {MANIFEST}; it is no model of autoseg.")
             listed = _listed(json.loads(archive.read(MANIFEST)), where=path)
+            unpacked_bytes = sum(size for _, size in listed.values())
+            if unpacked_bytes > MOST_UNPACKED * path.stat().st_size:
+                raise CheckpointError(
+                    f"{path}: {path.stat().st_size} bytes would unpack to {unpacked_bytes}, as no model does; do not trust "
+                    "it."
+                )
             for name, expected in listed.items():
                 entry = entries.get(name)
                 if entry is None or stat.S_ISLNK(entry.external_attr >> 16) or entry.file_size != expected[1]:

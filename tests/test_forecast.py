@@ -15,7 +15,7 @@ from tiny_training import tiny_configuration, tiny_plan
 import autoseg.contest as contest_module
 import autoseg.experiment as experiment
 from autoseg.agenda import CHOOSE, PREPROCESS, agenda, commands
-from autoseg.checkpoint import save_tensors
+from autoseg.checkpoint import FORMAT, checkpoint_id, save_tensors
 from autoseg.contest import Contest, Task
 from autoseg.experiment import Job, JobDone, run
 from autoseg.files import write_json
@@ -25,7 +25,7 @@ from autoseg.pipeline import Planned
 from autoseg.plan import Forecast, Plan, TrainingSettings
 from autoseg.training.folds import Fold
 from autoseg.training.loop import RESUME_FORMAT
-from autoseg.workspace import CHECKPOINT, RESUME, Workspace
+from autoseg.workspace import CHECKPOINT, RESUME, SCORED, SUMMARY, Workspace
 
 seconds = st.floats(0, 1e4)
 works = st.builds(
@@ -108,12 +108,13 @@ class Simulation:
             "elapsed": job.seconds, "finished": True, "cases": self.folds[int(job.fold)].id,
         }  # fmt: skip
         (folder / "validation").mkdir(parents=True, exist_ok=True)
-        (folder / CHECKPOINT).touch()
+        save_tensors(folder / CHECKPOINT, {"step": torch.tensor(1)}, {"format": FORMAT, "fork": job.is_fork})
         save_tensors(folder / RESUME, {"step": torch.tensor(1)}, header)
         cases = len(job.cases or self.folds[int(job.fold)].validation)
         took = self.predicting * (cases / 10) * (1 / 3 if job.is_fork else 1)
         self.now += took
-        write_json(folder / "validation" / "summary.json", {"mean": {"dice": {"mean": 0.5}}})
+        summary = {"mean": {"dice": {"mean": 0.5}}, SCORED: checkpoint_id(folder / CHECKPOINT)}
+        write_json(folder / "validation" / SUMMARY, summary)
         self.trained[Task(job.configuration, job.fold)] = job.seconds
         return JobDone(job, True, self.starting, took)
 

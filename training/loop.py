@@ -405,6 +405,11 @@ class _Run:
         tensors, header = load_tensors(path, RESUME_FORMAT)
         header.setdefault("processes", 1)  # of before there could be more
         for key, value in self.identity.items():
+            if header.get(key) != value and key == "cases":
+                raise CheckpointError(
+                    f"{path}: this training had other cases than fold {self.fold} of the folds has now; restore the "
+                    "file of folds, or delete the folder to begin anew."
+                )
             if header.get(key) != value:
                 raise CheckpointError(
                     f"{path}: this training had {key} {header.get(key)}, now it is {value}; "

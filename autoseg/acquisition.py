@@ -48,23 +48,33 @@ def offset(fine: int, scale: float) -> float:
     return (fine - slices(fine, scale) * scale) / 2
 
 
-def slice_matrix(fine: int, scale: float, acquisition: Acquisition, *, thickness: float | None = None) -> Tensor:
-    """What each thick slice takes from each fine voxel: (slices(fine, scale), fine), float32, rows sum to 1.
+Place = tuple[int, float]
+"""How many thick slices, and fine voxels before the outer face of the first."""
 
-    Row i is centred at fine position `offset + (i + 0.5) * scale - 0.5`. `thickness` is that of a slice / its spacing;
-    None: the middle of the acquisition's range. Raises PlanError for a scale below 1 and an axis thinner than a slice.
+
+def slice_matrix(
+    fine: int, scale: float, acquisition: Acquisition, *, thickness: float | None = None, place: Place | None = None
+) -> Tensor:
+    """What each thick slice takes from each fine voxel: (thick slices, fine), float32, rows sum to 1.
+
+    Row i is centred at fine position `offset + (i + 0.5) * scale - 0.5`; without a `place` there are slices(fine,
+    scale) of them, centred. `thickness` is that of a slice / its spacing; None: the middle of the acquisition's range.
+    Raises PlanError for a scale below 1 and an axis thinner than a slice.
     """
     import torch
 
-    return torch.tensor(slice_weights(fine, scale, acquisition, thickness=thickness))
+    return torch.tensor(slice_weights(fine, scale, acquisition, thickness=thickness, place=place))
 
 
-def slice_weights(fine: int, scale: float, acquisition: Acquisition, *, thickness: float | None = None) -> Weights:
+def slice_weights(
+    fine: int, scale: float, acquisition: Acquisition, *, thickness: float | None = None, place: Place | None = None
+) -> Weights:
     """`slice_matrix` as a NumPy array that must not be written to; takes no torch."""
     if acquisition.profile not in PROFILES:
         raise PlanError(unknown_choice("Profile", acquisition.profile, PROFILES))
     share = middle_thickness(acquisition) if thickness is None else thickness
-    return _slice_weights(fine, float(scale), acquisition.profile, float(share), acquisition.gap)
+    count, first = (slices(fine, scale), offset(fine, scale)) if place is None else place
+    return _slice_weights(fine, float(scale), acquisition.profile, float(share), acquisition.gap, count, float(first))
 
 
 def middle_thickness(acquisition: Acquisition) -> float:
@@ -238,9 +248,10 @@ PROFILES: dict[str, tuple[Callable[[Floats, float], Floats], Callable[[float], f
 
 
 @functools.lru_cache(maxsize=256)
-def _slice_weights(fine: int, scale: float, profile: str, thickness: float, gap: float) -> Weights:
-    count = slices(fine, scale)
-    centres = (fine - count * scale) / 2 + (np.arange(count, dtype=np.float64) + 0.5) * scale - 0.5
+def _slice_weights(
+    fine: int, scale: float, profile: str, thickness: float, gap: float, count: int, first: float
+) -> Weights:
+    centres = first + (np.arange(count, dtype=np.float64) + 0.5) * scale - 0.5
     width = scale * thickness * (1 - gap if profile == "rect" else 1)
     return _weights(centres, fine, profile, width)
 

@@ -30,6 +30,7 @@ from autoseg.training.losses import (
     build_loss,
     first_filters,
 )
+from autoseg.training.shapes import fine_patch, paired_grid
 
 IGNORED_REGIONS = Labels.from_json({"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2])
 SPARSE_VALUES = Labels.from_json({"background": 0, "liver": 7, "tumour": 3})
@@ -211,6 +212,19 @@ def test_an_answer_that_the_forward_model_brings_back_to_the_input_is_consistent
     term = IMAGE_LOSSES["consistency"]
     assert term(restoration(predicted, None, image=thick)).item() == pytest.approx(0, abs=1e-6)
     assert term(restoration(predicted, None, image=thick + 0.5)).item() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.3, 1.5, 1.8, 2.0, 2.5, 4.0])
+@pytest.mark.parametrize(("patch", "halo"), [(1, 1), (1, 2), (3, 0), (4, 0)])
+def test_an_answer_is_made_thick_where_its_slices_lie(scale: float, patch: int, halo: int) -> None:
+    grids = {"degraded": fine_patch((patch, 1, 1), (scale, 1.0, 1.0), halo=halo).grid}
+    grids["paired"] = paired_grid((patch, 1, 1), (scale, 1.0, 1.0))
+    for source, grid in grids.items():
+        # both images hold their place in the world, which linear interpolation at a slice's centre keeps
+        fine = (grid.start[0] + torch.arange(grid.shape[0]) + 0.5).reshape(1, 1, -1, 1, 1)
+        thick = ((torch.arange(patch) + 0.5) * scale).reshape(1, 1, -1, 1, 1)
+        given = Restoration(fine, None, thick, grid, Acquisition("dirac"))
+        assert IMAGE_LOSSES["consistency"](given).item() == pytest.approx(0, abs=1e-5), source
 
 
 def test_what_the_filters_see_is_measured_in_units_of_the_truth() -> None:

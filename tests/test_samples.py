@@ -178,7 +178,7 @@ def test_a_fine_patch_holds_exactly_the_thick_slices_that_are_asked_for(size: in
     assert math.isclose(fine.first, offset(fine.source[0], scale) + halo * scale + start, abs_tol=1e-9)
     assert -1 <= start <= 0.5 and shape >= size * scale - 1e-6 and shape < size * scale + 1
     assert fine.first >= 0 and fine.first + shape <= fine.source[0]
-    if scale >= 2 or not halo:  # the forward model of the loss takes the answer for centred
+    if scale >= 2 or not halo:  # there is a voxel more to be centred with
         assert math.isclose(start, -offset(shape, scale), abs_tol=1e-6)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoseg.acquisition import degrade
+from autoseg.acquisition import apply_along, slice_matrix
 from autoseg.errors import PlanError, unknown_choice
 from autoseg.labels import Labels
 from autoseg.networks.upsampling import OutputGrid
@@ -179,12 +179,17 @@ def _perceptual(r: Restoration) -> Tensor:
 
 
 def _consistency(r: Restoration) -> Tensor:
-    """L1 between the input and what the forward model makes of the answer.
+    """L1 between the input and what the forward model makes of the answer, each slice where it lies.
 
-    Images alone: where a label is known on the output grid, it says all that its thick slices could say.
+    Images alone: the label of a sample is known on the output grid, and says all that its thick slices could say.
     """
     assert r.acquisition is not None, "check_plan asks for one"
-    return F.l1_loss(degrade(r.predicted, r.grid.scale, r.acquisition), r.image)
+    thick = r.predicted
+    for axis, (voxels, scale, start) in enumerate(r.grid.axes()):
+        if scale != 1:
+            place = (r.image.shape[axis + 2], -start)
+            thick = apply_along(thick, slice_matrix(voxels, scale, r.acquisition, place=place), axis)
+    return F.l1_loss(thick, r.image)
 
 
 IMAGE_LOSSES: dict[str, Callable[[Restoration], Tensor]] = {

@@ -23,6 +23,7 @@ import typer
 from autoseg import __version__
 
 if TYPE_CHECKING:
+    from autoseg.experiment_planning.superresolution import Asked
     from autoseg.screen import Screen
 
 DONE, SOME_FAILED, REFUSED, BUG = 0, 1, 2, 70
@@ -49,6 +50,36 @@ WorkspaceOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
+InputSpacingOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--input-spacing",
+        metavar="Z,Y,X",
+        help="Spacing in mm of the (thick) images expected in use: plan super-resolution. [default: the dataset's]",
+    ),
+]
+OutputSpacingOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--output-spacing",
+        metavar="Z,Y,X",
+        help="Spacing in mm of the labels that are wanted: plan super-resolution. [default: the dataset's]",
+    ),
+]
+ScaleOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--sr-scale",
+        metavar="S[,Y,X]",
+        help="Input by output spacing, along the slices or along (z, y, x): instead of one of the two.",
+    ),
+]
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task", metavar="TASK", help="What super-resolution answers: joint, segmentation or super_resolution."
+    ),
+]
 FoldsOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--folds", metavar="FILE", help="Take these folds, such as nnU-Net's splits_final.json."),
@@ -162,6 +193,19 @@ def _cores(workers: int | None) -> int:
     return available_cores()
 
 
+def _asked(input_spacing: str | None, output_spacing: str | None, scale: str | None, task: str) -> Asked | None:
+    """What the options say of super-resolution."""
+    from autoseg.pipeline import asked_super_resolution
+    from autoseg.units import parse_numbers
+
+    return asked_super_resolution(
+        input_spacing=None if input_spacing is None else parse_numbers(input_spacing, option="--input-spacing"),
+        output_spacing=None if output_spacing is None else parse_numbers(output_spacing, option="--output-spacing"),
+        scale=None if scale is None else parse_numbers(scale, option="--sr-scale", counts=(1, 3)),
+        task=task,
+    )
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"autoseg {__version__}")
@@ -245,36 +289,10 @@ def plan_and_preprocess(
             "--configurations", metavar="A,B", help="Plan these, such as 2d,3d_fullres. [default: what the rules plan]"
         ),
     ] = None,
-    input_spacing: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--input-spacing",
-            metavar="Z,Y,X",
-            help="Spacing in mm of the (thick) images expected in use: plan super-resolution. [default: the dataset's]",
-        ),
-    ] = None,
-    output_spacing: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--output-spacing",
-            metavar="Z,Y,X",
-            help="Spacing in mm of the labels that are wanted: plan super-resolution. [default: the dataset's]",
-        ),
-    ] = None,
-    sr_scale: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--sr-scale",
-            metavar="S[,Y,X]",
-            help="Input by output spacing, along the slices or along (z, y, x): instead of one of the two.",
-        ),
-    ] = None,
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task", metavar="TASK", help="What super-resolution answers: joint, segmentation or super_resolution."
-        ),
-    ] = "joint",
+    input_spacing: InputSpacingOption = None,
+    output_spacing: OutputSpacingOption = None,
+    sr_scale: ScaleOption = None,
+    task: TaskOption = "joint",
     drop_cases: Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")] = False,
     replan: Annotated[
         bool, typer.Option("--replan", help="Plan anew over trained models; these are put aside, not deleted.")
@@ -307,18 +325,13 @@ def plan_and_preprocess(
       autoseg plan-and-preprocess data/Dataset004_Hippocampus --input-spacing 4,1,1
     """
     from autoseg.locks import alone
-    from autoseg.pipeline import asked_super_resolution, workspace_of
     from autoseg.pipeline import plan_and_preprocess as run
-    from autoseg.units import parse_bytes, parse_numbers, parse_seconds
+    from autoseg.pipeline import workspace_of
+    from autoseg.units import parse_bytes, parse_seconds
 
     screen = SCREEN.get()
     names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations is not None else None
-    asked = asked_super_resolution(
-        input_spacing=parse_numbers(input_spacing, option="--input-spacing") if input_spacing is not None else None,
-        output_spacing=parse_numbers(output_spacing, option="--output-spacing") if output_spacing is not None else None,
-        scale=parse_numbers(sr_scale, option="--sr-scale", counts=(1, 3)) if sr_scale is not None else None,
-        task=task,
-    )
+    asked = _asked(input_spacing, output_spacing, sr_scale, task)
     place = workspace_of(dataset, workspace)
     working_alone = alone(place.lock, what=f"{place.root}: another run works here")
     with working_alone, screen.cases("preprocessing") as progress:
@@ -642,6 +655,10 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option("--configurations", metavar="A,B", help="Candidates. [default: what the rules plan]"),
     ] = None,
+    input_spacing: InputSpacingOption = None,
+    output_spacing: OutputSpacingOption = None,
+    sr_scale: ScaleOption = None,
+    task: TaskOption = "joint",
     drop_cases: Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")] = False,
     group_by: Annotated[
         Optional[str],  # noqa: UP045
@@ -690,6 +707,7 @@ def run(
         "steps": steps,
         "gpu_memory_bytes": parse_bytes(gpu_memory, option="--gpu-memory") if gpu_memory is not None else None,
         "configurations": names,
+        "asked": _asked(input_spacing, output_spacing, sr_scale, task),
         "drop_broken": drop_cases,
         "group_by": group_by,
         "folds": folds,

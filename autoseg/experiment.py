@@ -28,6 +28,7 @@ from autoseg.workspace import CHECKPOINT, HISTORY, Workspace
 if TYPE_CHECKING:
     from autoseg.agenda import Agenda
     from autoseg.contest import Contest, Round, Row, Task
+    from autoseg.experiment_planning.superresolution import Asked
     from autoseg.forecast import Pace
     from autoseg.inference.rungs import Length
     from autoseg.inference.selection import Selection
@@ -110,6 +111,7 @@ def run(
     steps: int | None = None,
     gpu_memory_bytes: int | None = None,
     configurations: Sequence[str] | None = None,
+    asked: Asked | None = None,
     drop_broken: bool = False,
     group_by: str | None = None,
     folds: Path | None = None,
@@ -127,10 +129,12 @@ def run(
     """Plan, preprocess, train and validate the folds of every candidate, choose, export and report.
 
     `seconds` is the time for everything, that of runs before which were ended too; it is divided over the folds that
-    are left, anew for each of them. `steps` trains each fold for so many steps instead. Without either the plan's own
-    length of a fold holds. Candidates that are beaten are trained no further. `on_rows` is told how every fold stands
-    and which is trained next. `stop` is asked after each step and each part: when it says yes the run ends where it is,
-    to be started again. Raises what the parts raise, and StorageError where another run works in the workspace.
+    are left, anew for each of them. `asked` are the grids of super-resolution. `steps` trains each fold for so many
+    steps instead. Without either the plan's own length of a fold holds. Candidates that are beaten are trained no
+    further. `on_rows` is told how every fold stands and which is trained next. Cases are preprocessed and folds are
+    trained by the `executor`, by default on this machine. `stop` is asked after each step and each part: when it says
+    yes the run ends where it is, to be started again. Raises what the parts raise, and StorageError where another run
+    works in the workspace.
     """
     began, timed = clock(), seconds is not None and steps is None
     place = workspace_of(dataset_root, workspace)
@@ -143,6 +147,7 @@ def run(
             gpu_memory_bytes=gpu_memory_bytes,
             fold_seconds=_fold_seconds(place, seconds),
             configurations=configurations,
+            asked=asked,
             drop_broken=drop_broken,
             group_by=group_by,
             folds=folds,
@@ -195,6 +200,7 @@ def outlook(
     steps: int | None = None,
     gpu_memory_bytes: int | None = None,
     configurations: Sequence[str] | None = None,
+    asked: Asked | None = None,
     drop_broken: bool = False,
     group_by: str | None = None,
     folds: Path | None = None,
@@ -217,6 +223,7 @@ def outlook(
                 gpu_memory_bytes=gpu_memory_bytes,
                 fold_seconds=_fold_seconds(place, seconds),
                 configurations=configurations,
+                asked=asked,
                 fill_store=False,
                 drop_broken=drop_broken,
                 group_by=group_by,

@@ -322,3 +322,12 @@ def test_the_plan_says_how_many_cases_are_too_thick_to_train_on() -> None:
     assert why.value == 20 and "19 of 39 cases" in why.because
     even = planned(fingerprint(), asked=Asked(scale=(3.0,)))
     assert not [d for d in even.decisions if d.name == "3d_sr.training_cases"]
+
+
+def test_a_run_takes_the_grids_that_thin_images_need(images_alone: Make, tmp_path: Path) -> None:
+    root = images_alone(cases=2, shape=(16, 16, 14), spacing=(1.0, 1.0, 1.0))
+    asked = ("--steps", 2, "--gpu-memory", "1GB", "--workspace", tmp_path / "ws", "--workers", 0)
+    refused = autoseg("run", root, *asked)
+    assert refused.exit_code == 2 and "give --input-spacing, --output-spacing or --sr-scale" in refused.stderr
+    said = done("run", root, "--sr-scale", 2, *asked)
+    assert "3d_sr: of the mean PSNR over 2 held-out cases" in said

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -21,11 +22,12 @@ LOCKED_BYTE = 2**30  # on Windows, where a locked byte cannot be read: far behin
 
 
 @contextlib.contextmanager
-def alone(path: Path, *, what: str) -> Iterator[None]:
+def alone(path: Path, *, what: str, tries: int = 1) -> Iterator[None]:
     """Hold the lock `path` while the block runs; `what` begins the sentence for who comes second.
 
-    The file stays, with the number of the process that held it last. A file system without locks is warned of.
-    Raises StorageError naming the process that holds it, or where the file cannot be written.
+    It is tried so many times, once a second. The file stays, with the number of the process that held it last. A file
+    system without locks is warned of. Raises StorageError naming the process that holds it, or where the file cannot be
+    written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +36,7 @@ def alone(path: Path, *, what: str) -> Iterator[None]:
         raise storage_error(path.parent, error) from error
     with file:
         try:
-            _lock(file)
+            _lock_within(file, tries)
         except OSError as error:
             if error.errno in HELD:
                 file.seek(0)
@@ -49,6 +51,16 @@ def alone(path: Path, *, what: str) -> Iterator[None]:
         except OSError as error:
             raise storage_error(path, error) from error
         yield
+
+
+def _lock_within(file: IO[bytes], tries: int) -> None:
+    for left in reversed(range(tries)):
+        try:
+            return _lock(file)
+        except OSError as error:
+            if error.errno not in HELD or not left:
+                raise
+        time.sleep(1.0)
 
 
 if sys.platform == "win32":

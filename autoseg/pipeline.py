@@ -19,6 +19,7 @@ from autoseg.dataset import RawDataset, list_cases
 from autoseg.errors import CheckpointError, DatasetError, PlanError, StorageError
 from autoseg.executor import host_memory_bytes, start_workers, stop_workers
 from autoseg.labels import Labels
+from autoseg.locks import alone
 from autoseg.plan import Budget, Configuration, Plan, PreprocessingSettings, Vector, to_json
 from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, MODELS, Workspace
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOCK_TRIES = 10  # seconds that a training which is being ended may still hold its fold
 PATIENCE_SECONDS = 2.0  # that the last cases may take of fewer workers, before all of them start again
 
 
@@ -508,23 +510,25 @@ def train(
     world = world or ALONE
     with world.one_after_another():
         previous = prepare_previous_stage(plan, configuration, workspace=workspace, workers=workers or 1)
-    return train_fold(
-        plan,
-        configuration,
-        fold,
-        workspace=workspace,
-        device=device,
-        seconds=seconds,
-        steps=steps,
-        resume=resume,
-        seed=seed,
-        workers=workers,
-        previous=previous,
-        world=world,
-        logs=logs or NO_LOGS,
-        on_step=on_step,
-        stop=stop,
-    )
+    lock, what = workspace.fold_lock(configuration, fold), f"{configuration}, fold {fold}: another training works on it"
+    with alone(lock, what=what, tries=LOCK_TRIES) if world.first else contextlib.nullcontext():
+        return train_fold(
+            plan,
+            configuration,
+            fold,
+            workspace=workspace,
+            device=device,
+            seconds=seconds,
+            steps=steps,
+            resume=resume,
+            seed=seed,
+            workers=workers,
+            previous=previous,
+            world=world,
+            logs=logs or NO_LOGS,
+            on_step=on_step,
+            stop=stop,
+        )
 
 
 def is_of_split(plan: Plan, configuration: str, fold: str, *, workspace: Workspace) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,10 @@ class Workspace:
     def lock(self) -> Path:
         """`run.lock`: held by who plans, preprocesses or runs everything."""
         return self.root / "run.lock"
+
+    def fold_lock(self, configuration: str, fold: str) -> Path:
+        """`locks/<configuration>_fold_K`: held by who trains the fold."""
+        return self.root / "locks" / f"{configuration}_fold_{re.sub(r'[^A-Za-z0-9]', '_', fold)}"
 
     @property
     def models(self) -> Path:

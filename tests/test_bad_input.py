@@ -23,6 +23,7 @@ from autoseg.dataset import RawDataset
 from autoseg.errors import CheckpointError
 from autoseg.experiment_planning.fingerprint import extract_fingerprint
 from autoseg.files import write_json
+from autoseg.locks import alone
 from autoseg.pipeline import is_of_split, require_folds, validate
 from autoseg.plan import Plan
 from autoseg.training.folds import load_folds
@@ -328,6 +329,14 @@ def test_who_comes_second_into_a_workspace_is_told_by_whom_it_is_used(copy, plac
             answer.refused(f"{place.root}: another run works here (process {first.pid})")
         first.communicate("")
     assert preprocess(copy).status == 0
+
+
+def test_one_fold_is_trained_by_one_process_at_a_time(copy, place, monkeypatch):
+    monkeypatch.setattr("autoseg.pipeline.LOCK_TRIES", 1)
+    with alone(place.fold_lock(CONFIGURATION, "1"), what="held"):
+        train(copy, fold="1").refused(f"{CONFIGURATION}, fold 1: another training works on it (process {os.getpid()})")
+        assert not place.fold(CONFIGURATION, "1").exists()
+    assert train(copy, fold="1").status == 0
 
 
 def test_what_was_scored_is_known_by_content_so_clocks_may_jump(copy, place):

@@ -49,6 +49,14 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
         assert path.read_text() == str(os.getpid())
 
 
+def test_who_is_patient_gets_the_lock_when_it_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, first = tmp_path / "run.lock", alone(tmp_path / "run.lock", what="held")
+    first.__enter__()
+    monkeypatch.setattr("time.sleep", lambda seconds: first.__exit__(None, None, None))  # its holder ends meanwhile
+    with alone(path, what="held", tries=2):
+        pass
+
+
 def test_a_place_that_cannot_be_written_is_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with (

@@ -68,6 +68,13 @@ def output_geometry(
     return _refined(configuration, geometry, factor, limits)
 
 
+def check_spacing(output_spacing: Triple) -> None:
+    """Raises PredictionError where no grid has such a spacing."""
+    if not all(0 < spacing < math.inf for spacing in output_spacing):
+        got = ", ".join(f"{spacing:g}" for spacing in output_spacing)
+        raise PredictionError(f"The output spacing must be three positive numbers (z, y, x), got {got} mm.")
+
+
 def require_any_scale(configuration: Configuration) -> None:
     """Raises PredictionError where the grid of the answer cannot be chosen."""
     if configuration.sr_range is None:
@@ -107,8 +114,7 @@ def _fixed_geometry(geometry: CaseGeometry, factor: Vector, scale: Vector) -> Ca
 
 
 def _asked_geometry(configuration: Configuration, geometry: CaseGeometry, output_spacing: Triple) -> CaseGeometry:
-    if not all(0 < spacing < math.inf for spacing in output_spacing):
-        raise PredictionError(f"The output spacing must be three positive numbers (z, y, x), got {output_spacing} mm.")
+    check_spacing(output_spacing)
     scale, own = planned_scale(configuration), geometry.turned.spacing
     target: Vector = turned(output_spacing, geometry.permutation)
     for axis, (s, have, want) in enumerate(zip(scale, own, target, strict=True)):

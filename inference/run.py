@@ -16,7 +16,7 @@ from autoseg.dataset import Case
 from autoseg.errors import AutosegError, PredictionError
 from autoseg.files import PARTIAL, storage_error
 from autoseg.image import PICTURE_ENDINGS, Image, Triple, image_ending, write_image
-from autoseg.inference.answer_grid import require_any_scale
+from autoseg.inference.answer_grid import check_spacing, require_any_scale
 from autoseg.inference.predictor import CaseAnswer, Model, PredictionSettings
 from autoseg.inference.sliding_window import MAX_RAM_BYTES
 from autoseg.labels import Labels
@@ -120,7 +120,8 @@ def predict_files(
 
     `input` is an image file, a folder of them (CASE_0000.ext, CASE_0001.ext for several channels; CASE.ext too where
     the model has one channel) or a folder with one DICOM series. Volumes are written with the model's file ending,
-    DICOM as .nii.gz. A model that predicts no labels writes the super-resolved image in their place.
+    DICOM as .nii.gz. A model that predicts no labels writes the super-resolved image in their place, of pictures as
+    .nii.gz.
     `progress(case, cases finished, cases in all)` is called after each case. A case that fails is noted with its
     sentence and the others go on. Raises PredictionError where `input` holds nothing to predict or the model cannot do
     what is asked for, and StorageError where `output` cannot be written at all.
@@ -168,9 +169,15 @@ def find_tasks(input: Path, output: Path, *, model: Model) -> list[PredictTask]:
         raise PredictionError(f"{output}: not a known image format; give a file such as CASE.nii.gz, or a folder.")
     if to_file and len(found) > 1:
         raise PredictionError(f"{output}: is one file, but {input} holds {len(found)} cases; give a folder as output.")
+    if to_file and not model.predicts_labels and _is_picture(output):
+        raise PredictionError(
+            f"{output}: the super-resolved image has fractions, which pictures do not hold; give a file such as "
+            "CASE.nii.gz."
+        )
     tasks = []
+    holds_answer = model.predicts_labels or model.plan.file_ending.lower() not in PICTURE_ENDINGS
     for case, problem in found:
-        ending = DICOM_OUTPUT if case.images[0].is_dir() else model.plan.file_ending
+        ending = model.plan.file_ending if holds_answer and not case.images[0].is_dir() else DICOM_OUTPUT
         target = output if to_file else output / f"{case.identifier}{ending}"
         if target.resolve() in [path.resolve() for path in case.images]:
             raise PredictionError(f"{target}: the labels would overwrite the image; give another output folder.")
@@ -195,8 +202,12 @@ def probability_files(output: Path, labels: Labels) -> list[Path]:
 
 def image_file(output: Path) -> Path:
     """Where the super-resolved image goes that belongs to the label file `output`; pictures hold no floats."""
-    ending = image_ending(output) or DICOM_OUTPUT
-    return output.with_name(_stem(output) + IMAGE + (DICOM_OUTPUT if ending.lower() in PICTURE_ENDINGS else ending))
+    ending = DICOM_OUTPUT if _is_picture(output) else image_ending(output) or DICOM_OUTPUT
+    return output.with_name(_stem(output) + IMAGE + ending)
+
+
+def _is_picture(path: Path) -> bool:
+    return (image_ending(path) or "").lower() in PICTURE_ENDINGS
 
 
 def _check_abilities(model: Model, options: PredictOptions) -> None:
@@ -205,6 +216,7 @@ def _check_abilities(model: Model, options: PredictOptions) -> None:
         model.require_image_head()
     if options.output_spacing is not None:
         require_any_scale(model.configuration)
+        check_spacing(options.output_spacing)
     if not model.predicts_labels and (options.probabilities or options.native):
         raise PredictionError(
             f"Configuration {model.configuration.name} was trained without labels: it writes the super-resolved image "

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import memory_by_formula
+from small_models import fine_threshold_model
 from tiny_training import sr_configuration
 from typer.testing import CliRunner, Result
 
 from autoseg.cli import app
 from autoseg.dataset import RawDataset, list_cases
-from autoseg.errors import DatasetError, PlanError
+from autoseg.errors import DatasetError, PlanError, PredictionError
 from autoseg.experiment_planning.fingerprint import Fingerprint, extract_fingerprint, uniform_fingerprint
 from autoseg.experiment_planning.planner import Planner, plan_experiment
 from autoseg.experiment_planning.superresolution import Asked
@@ -29,6 +30,7 @@ from autoseg.inference.grids import bring_logits
 from autoseg.inference.held_out import held_out_case
 from autoseg.inference.image_selection import select_by_image
 from autoseg.inference.predictor import load_model
+from autoseg.inference.run import PredictOptions, find_tasks, predict_files
 from autoseg.labels import Labels
 from autoseg.plan import Budget, Plan
 from autoseg.preprocessing.case import preprocess_case
@@ -331,3 +333,23 @@ def test_a_run_takes_the_grids_that_thin_images_need(images_alone: Make, tmp_pat
     assert refused.exit_code == 2 and "give --input-spacing, --output-spacing or --sr-scale" in refused.stderr
     said = done("run", root, "--sr-scale", 2, *asked)
     assert "3d_sr: of the mean PSNR over 2 held-out cases" in said
+
+
+def test_the_answer_about_pictures_is_no_picture(tmp_path: Path) -> None:
+    model = fine_threshold_model(labels=False)
+    pictures = replace(model, plan=replace(model.plan, file_ending=".png"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").touch()
+    (task,) = find_tasks(tmp_path / "in", tmp_path / "out", model=pictures)
+    assert task.output == tmp_path / "out" / "a.nii.gz"
+    with pytest.raises(PredictionError, match="a.png: the super-resolved image has fractions"):
+        find_tasks(tmp_path / "in" / "a.png", tmp_path / "a.png", model=pictures)
+
+
+def test_a_spacing_that_cannot_be_is_refused_once_and_for_all_cases(tmp_path: Path) -> None:
+    model = fine_threshold_model(labels=False, sr_range=(1.5, 6.0))
+    for name in "ab":
+        (tmp_path / f"{name}.nii.gz").touch()
+    with pytest.raises(PredictionError, match=r"three positive numbers \(z, y, x\), got 1, -1, 1 mm"):
+        predict_files(model, tmp_path, tmp_path / "out", options=PredictOptions(output_spacing=(1.0, -1.0, 1.0)))
+    assert not (tmp_path / "out").exists()

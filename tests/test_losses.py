@@ -354,3 +354,44 @@ def test_every_choice_of_terms_has_a_gradient_at_any_scale(scale: float, names: 
     value.backward()
     assert torch.isfinite(value) and predicted.grad is not None and predicted.grad.isfinite().all()
     assert predicted.grad.any()
+
+
+# ---- thick labels
+
+
+@pytest.mark.parametrize("labels", [TWO_CLASSES, REGIONS])
+def test_a_label_of_thick_slices_says_where_the_larger_part_lies_and_no_more(labels: Labels) -> None:
+    configuration = sr_configuration(
+        scale=(1.0, 4.0, 1.0), source="self", patch_size=(1, 4, 8), image=False, labels=labels
+    )
+    loss = build_loss(labels, configuration.architecture, configuration=configuration)
+    grid = fine_patch((1, 4, 8), configuration.sr_scale).grid
+    thick = torch.zeros(1, 1, 1, 4, 8, dtype=torch.int16)
+    thick[:, :, :, :2] = 1
+    groups = labels.values
+
+    def answer(first: int) -> float:
+        """The loss of an edge before fine voxel `first`, of 16."""
+        fine = torch.zeros(1, 1, 1, 16, 8)
+        fine[:, :, :, :first] = 1
+        logits = sure(fine, groups, background=not labels.has_regions) / 5
+        image = torch.zeros(1, 1, 1, 4, 8)
+        return float(loss([logits], thick, None, image, grid))
+
+    assert answer(8) < 0.02  # just between the second slice and the third
+    assert answer(7) < answer(8) + 0.1 and answer(9) < answer(8) + 0.1  # most of each slice is still on its side
+    assert answer(5) > answer(7) + 0.2 and answer(11) > answer(9) + 0.2  # a slice is mostly on the other side
+    assert answer(0) > answer(5) and answer(16) > answer(11)
+
+
+def test_a_step_of_thick_slices_teaches_the_fine_answer_through_the_forward_model() -> None:
+    configuration = sr_configuration(scale=(1.0, 2.0, 1.0), source="self", patch_size=(1, 8, 12))
+    network = build_network(configuration.architecture)
+    loss = build_loss(TWO_CLASSES, configuration.architecture, configuration=configuration)
+    grid = fine_patch((1, 8, 12), configuration.sr_scale).grid
+    image = torch.randn(2, 1, 1, 8, 12)
+    label = torch.randint(0, 3, (2, 1, 1, 8, 12)).short()
+    outputs = network(image, grid)
+    outputs[0].retain_grad()
+    loss(outputs, label, None, image, grid).backward()  # type: ignore[no-untyped-call]
+    assert outputs[0].grad is not None and (outputs[0].grad.abs().amax((0, 2, 3, 4)) > 0).all()  # classes and image

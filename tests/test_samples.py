@@ -395,6 +395,25 @@ def test_self_supervision_degrades_either_axis_of_the_plane(tmp_path: Path) -> N
     assert seen == {True, False}
 
 
+def test_every_second_step_of_self_supervision_sees_thick_slices_and_their_label_as_they_are(tmp_path: Path) -> None:
+    configuration = sr_configuration(
+        scale=(1.0, 2.0, 1.0), source="self", patch_size=(1, 8, 12), training=replace(STILL, image_losses=("l1",))
+    )
+    label = np.broadcast_to(np.arange(1, 21)[:, None, None], (20, 30, 30)).astype(np.int16)  # tells the slices apart
+    samples = samples_of(tmp_path, configuration, label, labels=MANY, augment=True)
+    shape = samples[0, 0].label.shape
+    for step in range(12):
+        sample = samples[step, 0]
+        if step % 2:  # patch axis 1 runs through the planes, in steps of one slice
+            assert sample.truth is None and sample.label.shape == (1, 1, 8, 12)
+            assert sample.grid is not None and sample.grid.shape == shape[1:]
+            slices = sample.label[0, 0]
+            assert (slices == slices[:, :1]).all() and (slices[:, 0].diff() == 1).all()
+        else:
+            assert sample.truth is not None and sample.label.shape == shape
+            assert len(sample.label.unique()) == 1  # one slice, in its plane
+
+
 # ---- paired
 
 

@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,7 @@ class Samples(Dataset[Sample]):
         step, index = position
         generator = np.random.default_rng((self.seed, step, index))
 
-        def draw(size: Shape) -> Place:
-            patch = self.sampler.draw(generator, index=index, size=size)
-            previous = None if self.previous is None else FramedEntry(self.previous[patch.case], patch.frame)
-            return Place(self.sampler.entry(patch.case, patch.frame), patch.start, previous)
-
+        draw = _Draw(self, generator, step, index)
         return self.make(draw, lambda: _seed_everything(int(generator.integers(2**31))), self.scale(step))
 
     def scale(self, step: int) -> Vector:
@@ -99,6 +96,22 @@ class Samples(Dataset[Sample]):
         if step < CURRICULUM_STEPS and whole:
             return at_scale(self.configuration, float(whole[int(generator.integers(len(whole)))]))
         return at_scale(self.configuration, float(generator.uniform(*limits)))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """See `autoseg.training.samples.Draw`."""
+
+    samples: Samples
+    generator: np.random.Generator
+    step: int
+    index: int
+
+    def __call__(self, size: Shape, *, frames: Sequence[Shape] | None = None) -> Place:
+        sampler, beside = self.samples.sampler, self.samples.previous
+        patch = sampler.draw(self.generator, index=self.index, size=size, frames=frames)
+        previous = None if beside is None else FramedEntry(beside[patch.case], patch.frame)
+        return Place(sampler.entry(patch.case, patch.frame), patch.start, previous)
 
 
 def _entries_beside(entries: Mapping[str, StoreEntry], previous: Store) -> dict[str, StoreEntry]:

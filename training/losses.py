@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from autoseg.training.distributed import ALONE, World
 from autoseg.training.shapes import has_fine_image
 
 SMOOTH = 1e-5  # keeps the Dice of an absent class finite (nnU-Net's)
+LEAST_SHARE = 1e-4  # of a thick voxel that a class has at least
+LARGEST_SHARE = 4.0  # how sharply the label of a thick voxel follows the class with the largest share of it
 LEAST_SPREAD = 1e-3  # of a feature over a batch; below it the feature says nothing there and is not blown up
 
 
@@ -181,15 +184,32 @@ def _perceptual(r: Restoration) -> Tensor:
 def _consistency(r: Restoration) -> Tensor:
     """L1 between the input and what the forward model makes of the answer, each slice where it lies.
 
-    Images alone: the label of a sample is known on the output grid, and says all that its thick slices could say.
+    For labels see `thick_logits`; where one is known on the output grid, it says all that its thick slices could say.
     """
     assert r.acquisition is not None, "check_plan asks for one"
-    thick = r.predicted
-    for axis, (voxels, scale, start) in enumerate(r.grid.axes()):
+    return F.l1_loss(made_thick(r.predicted, r.grid, r.image.shape[2:], r.acquisition), r.image)
+
+
+def made_thick(fine: Tensor, grid: OutputGrid, inputs: Sequence[int], acquisition: Acquisition) -> Tensor:
+    """What the forward model makes of (B, C, *grid.shape) in the places of an input of shape `inputs` (z, y, x)."""
+    for axis, (voxels, scale, start) in enumerate(grid.axes()):
         if scale != 1:
-            place = (r.image.shape[axis + 2], -start)
-            thick = apply_along(thick, slice_matrix(voxels, scale, r.acquisition, place=place), axis)
-    return F.l1_loss(thick, r.image)
+            matrix = slice_matrix(voxels, scale, acquisition, place=(inputs[axis], -start))
+            fine = apply_along(fine, matrix, axis)
+    return fine
+
+
+def thick_logits(logits: Tensor, made: Callable[[Tensor], Tensor], *, regions: bool) -> Tensor:
+    """Class logits of thick voxels, from those of the fine ones behind them and the forward model `made`.
+
+    Whoever labels a thick voxel takes the class with the largest share of it. So the shares, which the forward model
+    makes of the fine probabilities, are sharpened (to the power of LARGEST_SHARE): an edge within a slice costs nothing
+    as long as it leaves the larger part on the side of the label.
+    """
+    if regions:
+        share = made(logits.sigmoid()).clamp(LEAST_SHARE, 1 - LEAST_SHARE)
+        return LARGEST_SHARE * share.logit()
+    return LARGEST_SHARE * made(logits.softmax(1)).clamp(min=LEAST_SHARE).log()
 
 
 IMAGE_LOSSES: dict[str, Callable[[Restoration], Tensor]] = {
@@ -217,6 +237,7 @@ class SuperResolutionLoss(nn.Module):
         classes: int,
         image_channels: int,
         terms: Sequence[str],
+        regions: bool = False,
         scale: Vector,
         halo: int = 0,
         acquisition: Acquisition | None = None,
@@ -224,7 +245,7 @@ class SuperResolutionLoss(nn.Module):
         world: World = ALONE,
     ) -> None:
         super().__init__()
-        self.segmentation, self.world = segmentation, world
+        self.segmentation, self.world, self.regions = segmentation, world, regions
         self.classes, self.image_channels = classes, image_channels
         self.terms = tuple(terms)
         self.scale, self.halo = scale, halo
@@ -243,17 +264,25 @@ class SuperResolutionLoss(nn.Module):
         """What the network answers, finest first; label (B, 1, *fine), truth (B, I, *fine) and input -> scalar.
 
         The finest answer holds the class logits, then the image. Without `grid` the answer covers the input's extent.
+        A label may lie on the input's grid, and truth may be unknown: the forward model brings the answer there.
         """
         finest = outputs[0].float()
-        losses: list[Tensor] = []
+        logits, losses = finest[:, : self.classes], []
         if self.classes:
-            losses.append(self.segmentation([finest[:, : self.classes], *outputs[1:]], label) + 1)
+            if label.shape[2:] != finest.shape[2:]:
+                logits = self._made_thick(logits, label.shape[2:], grid)
+            losses.append(self.segmentation([logits, *outputs[1:]], label) + 1)
         if self.image_channels:
             assert image is not None, "an image is compared with the input"
             losses.append(self._image(finest[:, self.classes :], truth, image, grid))
         if self.weights is None:
             return losses[0]
         return (torch.exp(-self.weights) * torch.stack(losses) + self.weights).sum()
+
+    def _made_thick(self, logits: Tensor, inputs: Sequence[int], grid: OutputGrid | None) -> Tensor:
+        assert grid is not None and self.acquisition is not None, "self-supervision has both"
+        made = functools.partial(made_thick, grid=grid, inputs=inputs, acquisition=self.acquisition)
+        return thick_logits(logits, made, regions=self.regions)
 
     def _image(self, predicted: Tensor, truth: Tensor | None, image: Tensor, grid: OutputGrid | None) -> Tensor:
         z, y, x = predicted.shape[2:]
@@ -266,7 +295,8 @@ class SuperResolutionLoss(nn.Module):
             self.filters() if self.filters is not None and "perceptual" in self.terms else None,
             self.world,
         )
-        return torch.stack([IMAGE_LOSSES[name](restoration) for name in self.terms]).sum()
+        terms = self.terms if truth is not None else [name for name in self.terms if name in WITHOUT_TRUTH]
+        return torch.stack([IMAGE_LOSSES[name](restoration) for name in terms or WITHOUT_TRUTH]).sum()
 
 
 def build_loss(
@@ -303,6 +333,7 @@ def build_loss(
         classes=architecture.output_channels,
         image_channels=architecture.image_channels,
         terms=terms,
+        regions=labels.has_regions,
         scale=configuration.sr_scale if configuration is not None else architecture.head_scale,
         halo=architecture.halo,
         acquisition=configuration.acquisition if configuration is not None else None,

@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     image: Tensor
     """(C, Z + 2 halo, Y, X) float32: the network's input."""
     label: Tensor
-    """(1, Z, Y, X) int16, label values, on the output grid."""
+    """(1, Z, Y, X) int16, label values, on the output grid; of thick slices alone on the input's, without its halo."""
     truth: Tensor | None = None
     """(I, *grid.shape) float32, in the units of `image`; None without an image head or where no fine image is known."""
     grid: OutputGrid | None = None
@@ -55,12 +55,21 @@ class Place:
     """The previous stage's labels of the same case (cascade)."""
 
 
-Draw = Callable[[Shape], Place]  # a place for a patch of that many voxels
+class Draw(Protocol):
+    """Draws places for the patches of one sample."""
+
+    step: int
+
+    def __call__(self, size: Shape, *, frames: Sequence[Shape] | None = None) -> Place:
+        """A place for a patch of that many voxels, seen in one of `frames` (by default those of training)."""
+        ...
+
+
 Seed = Callable[[], None]  # sets the global generators that augmentation draws from
 
 
 class Source(Protocol):
-    """Makes the samples of one configuration."""
+    """Makes the samples of one configuration; those of one step have the same shapes."""
 
     def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None: ...
 
@@ -97,10 +106,7 @@ class SameGrid:
 
 
 class Degraded:
-    """The store is fine; the input is what the forward model makes of a fine patch that was augmented in space.
-
-    Self-supervision is the same, on slices in whose plane one axis is degraded.
-    """
+    """The store is fine; the input is what the forward model makes of a fine patch that was augmented in space."""
 
     def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
         assert configuration.acquisition is not None, "check_plan asks for one"
@@ -143,6 +149,29 @@ class Degraded:
         asked = slice(fine.first, fine.first + fine.grid.shape[0])
         shown = (truth * inside)[: self.channels, asked].contiguous() if self.channels else None
         return Sample(low, label[:, asked].contiguous(), shown, fine.grid, reference)
+
+
+class SelfSupervised(Degraded):
+    """The store is thick: one step sees slices in whose plane one axis is degraded, the next slices through the planes.
+
+    In the plane the fine truth is known. Through the planes, where the network will predict, only the thick image and
+    its label are: the forward model brings the answer there (`training.losses`). What is learned in the plane says how
+    edges look between the slices, what is learned through the planes how the anatomy looks from there.
+    """
+
+    def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
+        """See `Source`; without augmentation always in the plane."""
+        if not self.augment or draw.step % 2 == 0:
+            return super().__call__(draw, seed, scale)
+        place = draw(self.patch, frames=self.configuration.frames(training=False))
+        z, y, x = place.start
+        deep, edges = (self.patch[0] + 2 * self.halo, *self.patch[1:]), (0,) if self.halo else ()
+        image = _floats(read_patch(place.entry, "image", (z - self.halo, y, x), deep, replicate=edges))
+        label = _labels(_read_label(place.entry, place.start, self.patch))
+        seed()
+        image, label = self.augmentation.flip(image, label)
+        grid = fine_patch(self.patch, scale, halo=self.halo).grid
+        return Sample(self.augmentation.disturb(image), label.contiguous(), None, grid)
 
 
 def thick_slices(fine: Tensor, inside: Tensor, scale: Vector, acquisition: Acquisition, *, random: bool) -> Tensor:
@@ -249,7 +278,7 @@ def common_middle(start: int, size: int, finer: float, asked: int) -> tuple[int,
     return first, round(label_start(first))
 
 
-SOURCES: dict[str, type[Source]] = {"none": SameGrid, "degraded": Degraded, "self": Degraded, "paired": Paired}
+SOURCES: dict[str, type[Source]] = {"none": SameGrid, "degraded": Degraded, "self": SelfSupervised, "paired": Paired}
 
 
 def _around(start: Sequence[int], patch: Shape, size: Shape) -> Shape:

@@ -64,10 +64,12 @@ class PatchSampler:
         self.batch_size = batch_size
         self.forced_from = batch_size - max(1, round(batch_size * FOREGROUND_FRACTION))
 
-    def draw(self, generator: np.random.Generator, *, index: int, size: Shape) -> Patch:
-        """A patch of `size` voxels of the image for position `index` of a batch."""
-        single_frame = len(self.frames) == 1
-        frame = self.frames[0 if single_frame else int(generator.integers(len(self.frames)))]
+    def draw(
+        self, generator: np.random.Generator, *, index: int, size: Shape, frames: Sequence[Shape] | None = None
+    ) -> Patch:
+        """A patch of `size` voxels of the image for position `index` of a batch, in one of `frames` or of its own."""
+        frames = self.frames if frames is None else frames
+        frame = frames[0 if len(frames) == 1 else int(generator.integers(len(frames)))]
         single = self.batch_size == 1  # then it is a third of the batches
         forced = generator.random() < FOREGROUND_FRACTION if single else index >= self.forced_from
         if forced and self.having:

@@ -24,7 +24,7 @@ class Batch:
     image: Tensor
     """(B, C, Z + 2 halo, Y, X) float32."""
     label: Tensor
-    """(B, 1, Z, Y, X) int16, label values, on the output grid."""
+    """(B, 1, Z, Y, X) int16, label values, on the output grid; of thick slices alone on the input's."""
     truth: Tensor | None = None
     """(B, I, *grid.shape) float32, the fine image in the units of the input; None where there is none."""
     grid: OutputGrid | None = None

@@ -207,15 +207,14 @@ def outlook(
     device: str = "auto",
     workers: int = 1,
 ) -> tuple[Contest, Agenda]:
-    """What `run` with these arguments has before it; where there is no plan yet one is made, nothing else is done.
+    """What `run` with these arguments has before it; where no plan is there that has the `configurations`, one is made.
 
     Raises what planning raises.
     """
     timed = seconds is not None and steps is None
     place = workspace_of(dataset_root, workspace)
-    if place.plan.exists():
-        plan, _ = load_plan(dataset_root, workspace)
-    else:
+    plan = load_plan(dataset_root, workspace)[0] if place.plan.exists() else None
+    if plan is None or not {c.name for c in plan.configurations} >= set(configurations or ()):
         with alone(place.lock, what=f"{place.root}: another run works here"):
             plan = plan_and_preprocess(
                 dataset_root,

@@ -4,8 +4,8 @@ Everything is decided on cases that the predicting fold did not train on, and on
 
 1. mirroring, for each configuration: on where it gains more than noise and MIRROR_GAIN, since it costs 2 to 8 times;
 2. the best single configuration, by the mean over classes of the mean Dice over cases;
-3. pairs with weights, the views of a volume together, and all together: only where one beats the best single one
-   beyond noise over the cases;
+3. pairs, the views of a volume together, and all together, two or three of them with weights where those beat equal
+   ones beyond noise: only where one beats the best single one beyond noise over the cases;
 4. the largest component alone, or a smallest size, for each structure: only where it gains beyond noise;
 5. a temperature that makes the chosen probabilities honest, with the calibration error before and after.
 
@@ -46,7 +46,11 @@ from autoseg.workspace import VALIDATION, Workspace
 SELECTION_VERSION = 2
 MIRROR_GAIN = 0.001  # mean Dice that test-time mirroring must add to be worth its time
 SIZES_MM3 = (10.0, 30.0, 100.0, 300.0, 1000.0)  # smallest components that are tried
-PAIR_WEIGHTS = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0))
+# by how many members; the first are equal, and stay unless others are better beyond noise
+WEIGHTS: dict[int, tuple[tuple[float, ...], ...]] = {
+    2: ((1, 1), (2, 1), (1, 2)),
+    3: ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2), (2, 2, 1)),
+}
 RESAMPLES = 2000  # of the bootstrap
 SEED = 0
 CANDIDATES_AT_ONCE = 8  # volumes of running maxima that are held together
@@ -204,14 +208,31 @@ def _why_best(best: Candidate, others: Sequence[Candidate], table: Table) -> str
 
 
 def _ensembles(singles: Sequence[Candidate], views: Sequence[tuple[str, ...]]) -> list[Candidate]:
-    """Pairs with their weights, the views of a volume together, and all together."""
+    """Pairs, the views of a volume together, and all together, with their weights."""
     members = [candidate.members[0] for candidate in singles]
-    found = []
-    for pair in itertools.combinations(members, 2):
-        found += [Candidate(pair, tuple(w / sum(weights) for w in weights)) for weights in PAIR_WEIGHTS]
     together = [tuple(member for member in members if member.configuration in names) for names in views]
-    found += [equal_parts(some) for some in dict.fromkeys((*together, tuple(members))) if len(some) > 2]
-    return found
+    groups = dict.fromkeys((*itertools.combinations(members, 2), *together, tuple(members)))
+    return [candidate for group in groups if len(group) > 1 for candidate in weighted(group)]
+
+
+def weighted(members: tuple[Member, ...]) -> list[Candidate]:
+    """The weights that are tried for an ensemble; equal ones come first."""
+    tried = WEIGHTS.get(len(members), ())[1:]
+    return [equal_parts(members), *(Candidate(members, tuple(w / sum(weights) for w in weights)) for weights in tried)]
+
+
+def settle_weights(members: tuple[Member, ...], table: Table) -> tuple[Candidate, str]:
+    """An ensemble with equal weights, or with others that are better beyond noise; and why."""
+    equal, *others = weighted(members)
+    if not others:
+        return equal, f"for {len(members)} members no other weights are tried."
+    best = max(others, key=table.mean)
+    gain, low, high = table.difference(best, equal, tried=len(others))
+    because = (
+        f"the best of {len(others)} others, {best.name}, differs by {gain:+.4f} mean Dice from equal weights "
+        f"({low:+.4f} to {high:+.4f} over {table.cases} cases): "
+    )
+    return (best, because + "beyond noise.") if low > 0 else (equal, because + "not beyond noise, so equal ones stay.")
 
 
 def _choose_ensemble(
@@ -220,14 +241,17 @@ def _choose_ensemble(
     if not ensembles:
         decisions.append(_decision("ensemble", best.name, "one configuration is there, so there is nothing to join."))
         return best
-    tried = max(ensembles, key=table.mean)
+    settled = dict(settle_weights(members, table) for members in dict.fromkeys(e.members for e in ensembles))
+    tried = max(settled, key=table.mean)
     gain, low, high = table.difference(tried, best)
     pays = low > 0
+    if pays:
+        decisions.append(_decision("ensemble.weights", tried.weights, settled[tried]))
     decisions.append(
         _decision(
             "ensemble",
             tried.name if pays else best.name,
-            f"the best of {len(ensembles)} ensembles, {tried.name}, differs from {best.name} by {gain:+.4f} mean Dice "
+            f"the best of {len(settled)} ensembles, {tried.name}, differs from {best.name} by {gain:+.4f} mean Dice "
             f"({low:+.4f} to {high:+.4f} over {table.cases} cases): "
             + ("beyond noise." if pays else "not beyond noise, so the single one stays."),
         )
@@ -261,10 +285,10 @@ class Table:
         """Mean over the structures of their mean over the cases (nnU-Net's foreground mean)."""
         return float(np.nanmean(_means(self.dice[candidate])))
 
-    def difference(self, candidate: Candidate, other: Candidate) -> tuple[float, float, float]:
-        """Mean paired difference of two candidates and its bootstrap interval over the cases."""
+    def difference(self, candidate: Candidate, other: Candidate, *, tried: int = 1) -> tuple[float, float, float]:
+        """Mean paired difference of two candidates and its bootstrap interval over the cases; see `interval`."""
         paired = self.dice[candidate] - self.dice[other]
-        return interval(lambda rows: float(np.nanmean(_means(paired[rows]))), self.cases)
+        return interval(lambda rows: float(np.nanmean(_means(paired[rows]))), self.cases, tried=tried)
 
     def score(self, candidate: Candidate) -> Score:
         dice = self.dice[candidate]
@@ -280,9 +304,10 @@ def _means(dice: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(sums, counted.sum(axis=0), out=np.full(dice.shape[1], np.nan), where=counted.any(axis=0))
 
 
-def interval(value: Callable[[NDArray[np.intp]], float], cases: int) -> tuple[float, float, float]:
+def interval(value: Callable[[NDArray[np.intp]], float], cases: int, *, tried: int = 1) -> tuple[float, float, float]:
     """The value over all cases, and the 95 % interval of its bootstrap over them.
 
+    Of the best of several that were `tried` it is as wide as all of them ask for together (Bonferroni).
     Of few cases the plain percentiles lie too close together; these are as far apart as Student's t asks for
     (expanded percentiles, Hesterberg 2015, arXiv:1411.5279).
     """
@@ -291,7 +316,7 @@ def interval(value: Callable[[NDArray[np.intp]], float], cases: int) -> tuple[fl
     generator = np.random.default_rng(SEED)
     drawn = [value(generator.integers(cases, size=cases)) for _ in range(RESAMPLES)]
     freedom = max(1, cases - 1)
-    tail = float(special.ndtr(-math.sqrt(1 + 1 / freedom) * special.stdtrit(freedom, 0.975)))
+    tail = float(special.ndtr(-math.sqrt(1 + 1 / freedom) * special.stdtrit(freedom, 1 - 0.025 / tried)))
     low, high = np.nanquantile(drawn, (tail, 1 - tail))
     return value(np.arange(cases)), float(low), float(high)
 

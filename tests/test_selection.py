@@ -15,7 +15,15 @@ from autoseg.errors import PlanError
 from autoseg.files import write_json
 from autoseg.image import Grid, Image, write_image
 from autoseg.inference.chosen import Member
-from autoseg.inference.selection import Candidate, Selection, calibration_error, select
+from autoseg.inference.selection import (
+    Candidate,
+    Selection,
+    Table,
+    calibration_error,
+    select,
+    settle_weights,
+    weighted,
+)
 from autoseg.plan import Plan
 from autoseg.preprocessing.case import CaseGeometry
 from autoseg.preprocessing.store import Store
@@ -104,6 +112,24 @@ def test_an_ensemble_wins_where_its_members_err_in_different_places(tmp_path):
     best_single = max(score.dice for score in chosen.scores if len(score.candidate.members) == 1)
     assert chosen.scores[0].dice > best_single
     assert any(d.name == "ensemble" and "beyond noise" in d.because for d in chosen.decisions)
+    weights = next(d for d in chosen.decisions if d.name == "ensemble.weights")
+    assert weights.value == chosen.chosen.weights == (1 / 3,) * 3 and "equal ones stay" in weights.because
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.02])
+def test_members_count_alike_unless_other_weights_are_better_beyond_noise(gain):
+    members, random = tuple(Member(name, False) for name in "abc"), np.random.default_rng(0)
+    equal, *others = candidates = weighted(members)
+    assert equal.weights == (1 / 3,) * 3 and [c.name for c in others][:2] == ["2 x a + b + c", "a + 2 x b + c"]
+    assert len(set(candidates)) == 7 and all(sum(c.weights) == pytest.approx(1) for c in candidates)
+    dice = {c: random.uniform(0.8, 0.9, (CASES, 2)) + gain * (c.name == "2 x a + b + c") for c in candidates}
+    dice = {c: 0.85 + 0.2 * (d - 0.85) for c, d in dice.items()} if gain else dice
+    table = Table(("ball", "core"), dice)
+    best = max(others, key=table.mean)
+    assert table.mean(best) > table.mean(equal)  # of six one is always higher
+    chosen, because = settle_weights(members, table)
+    assert chosen == (best if gain else equal) and best.name in because
+    assert ("equal ones stay" in because) == (not gain)
 
 
 def test_mirroring_is_on_only_where_it_gains(tmp_path):

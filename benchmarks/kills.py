@@ -128,7 +128,9 @@ def disturb(runs: Runs, folder: Path, length: float, *, count: int, draw: random
             other = differences(
                 Workspace.of(runs.dataset, folder / "undisturbed"), Workspace.of(runs.dataset, workspace)
             )
-            if other and pending:
+            if other and not pending:
+                raise RuntimeError(f"two runs that nothing disturbed are not the same: {other}")
+            if other:
                 runs.lost += [f"{other} after kills during {', '.join(runs.kills[-pending:])}"] * pending
             pending = 0
             shutil.rmtree(workspace)

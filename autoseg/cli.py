@@ -752,6 +752,9 @@ def run(
 def export(
     dataset: DatasetArgument,
     output: Annotated[Path, typer.Argument(help="A new file MODEL.zip, or a new folder.", metavar="OUTPUT")],
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write the networks alone, as ONNX files in a folder, for other programs.")
+    ] = False,
     configuration: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--configuration", metavar="NAME", help="Which one. [default: the one that is trained]"),
@@ -773,15 +776,19 @@ def export(
     \b
     Example:
       autoseg export data/Dataset004_Hippocampus hippocampus.zip --licence "CC-BY-SA 4.0"
+      autoseg export data/Dataset004_Hippocampus hippocampus_onnx --onnx
     """
-    from autoseg.inference.package import export_model
     from autoseg.pipeline import load_plan, trained_configuration
 
     plan, place = load_plan(dataset, workspace)
     name = configuration or trained_configuration(plan, place)
     plan.configuration(name)
     chosen = [fold.strip() for fold in folds.split(",") if fold.strip()] if folds else ()
-    SCREEN.get().say(f"{export_model(place, name, output, folds=chosen, licence=licence)}")
+    if onnx:
+        from autoseg.inference.onnx import export_onnx as write
+    else:
+        from autoseg.inference.package import export_model as write
+    SCREEN.get().say(f"{write(place, name, output, folds=chosen, licence=licence)}")
     return DONE
 
 

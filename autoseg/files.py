@@ -41,6 +41,26 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         raise storage_error(path, error) from error
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well, and vanishes when it fails.
+
+    A folder that is there is replaced. Raises StorageError where it cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}{PARTIAL}.{path.name}")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed left half-written anywhere under `folder`; living ones keep theirs."""
     for path in folder.rglob(f".*{PARTIAL}.*"):

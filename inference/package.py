@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 import stat
 import tempfile
@@ -27,7 +26,7 @@ from typing import IO, Any
 from autoseg import __version__
 from autoseg.checkpoint import Checkpoint
 from autoseg.errors import CheckpointError, StorageError
-from autoseg.files import PARTIAL, atomic_path, read_json, storage_error
+from autoseg.files import atomic_folder, atomic_path, read_json
 from autoseg.plan import Plan, to_json
 from autoseg.workspace import CHECKPOINT, MODELS, SELECTION, SUMMARY, VALIDATION, Workspace
 
@@ -59,12 +58,12 @@ def export_model(
     or cannot be written.
     """
     output = Path(output)
-    if not replace and output.exists() and (output.is_file() or any(output.iterdir())):
-        raise StorageError(f"{output}: is there already; delete it, or give another name.")
+    if not replace:
+        require_unused(output)
     if output.suffix and output.suffix.lower() != ZIP_ENDING and output.suffix[1:].isalpha():
         raise StorageError(f"{output}: a model is exported to a .zip or to a folder, whose name has no ending.")
     names = [configuration] if isinstance(configuration, str) else list(configuration)
-    found = {path: checkpoint for name in names for path, checkpoint in _members(workspace, name, folds)}
+    found = {path: checkpoint for name in names for path, checkpoint in finished_members(workspace, name, folds)}
     members = list(found.items())
     plan = members[0][1].plan
     files: dict[str, Path | bytes] = {DATASET: _json(_dataset(plan))}
@@ -88,6 +87,12 @@ def export_model(
     write = _write_zip if output.suffix.lower() == ZIP_ENDING else _write_folder
     write(output, {MANIFEST: _json(manifest), **files})
     return output
+
+
+def require_unused(output: Path) -> None:
+    """Raises StorageError where something is there already; an empty folder may be."""
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise StorageError(f"{output}: is there already; delete it, or give another name.")
 
 
 @contextlib.contextmanager
@@ -122,7 +127,7 @@ def is_packed(path: Path) -> bool:
 # ---- writing
 
 
-def _members(workspace: Workspace, configuration: str, folds: Sequence[str]) -> list[tuple[Path, Checkpoint]]:
+def finished_members(workspace: Workspace, configuration: str, folds: Sequence[str]) -> list[tuple[Path, Checkpoint]]:
     """The checkpoints to export, with those of the previous stage; all of one plan."""
     folder = workspace.fold(configuration, "0").parent
     wanted = [folder / f"fold_{fold}" / CHECKPOINT for fold in folds] or sorted(folder.glob(f"fold_*/{CHECKPOINT}"))
@@ -135,7 +140,7 @@ def _members(workspace: Workspace, configuration: str, folds: Sequence[str]) -> 
         )
     previous = members[0][1].settings.previous_stage
     if previous is not None:
-        members += _members(workspace, previous, ())
+        members += finished_members(workspace, previous, ())
     plans = {checkpoint.plan.id for _, checkpoint in members}
     if len(plans) > 1:
         raise CheckpointError(
@@ -174,20 +179,12 @@ def _write_zip(output: Path, files: Mapping[str, Path | bytes]) -> None:
 
 
 def _write_folder(output: Path, files: Mapping[str, Path | bytes]) -> None:
-    partial = output.with_name(f".{os.getpid()}{PARTIAL}.{output.name}")
-    try:
+    with atomic_folder(output) as folder:  # what is there is empty, or to be replaced
         for name, content in files.items():
-            target = partial / name
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with _opened(content) as source, open(target, "wb") as to:
                 shutil.copyfileobj(source, to, BLOCK_BYTES)
-        if output.is_dir():
-            shutil.rmtree(output)  # it is empty, or to be replaced
-        os.replace(partial, output)
-    except OSError as error:
-        raise storage_error(output, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _json(content: Any) -> bytes:

@@ -42,7 +42,7 @@ class GridConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, Z, Y, X) -> (B, outputs, Z, Y, X)."""
         y: Tensor = self.conv(slices_as_batch(x, self.dimensions))
-        return slices_as_volumes(y, len(x), self.dimensions)
+        return slices_as_volumes(y, x.shape[0], self.dimensions)
 
     def zero(self) -> None:
         """From now on every answer is zero, until a step of training."""

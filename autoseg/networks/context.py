@@ -66,7 +66,7 @@ class Reduce(Context):
         """(B, C, Z + slices - 1, Y, X) -> (B, features, Z, Y, X)."""
         windows = _windows(x, self.slices).permute(0, 3, 1, 2, 4, 5)
         reduced: Tensor = self.convs(windows.flatten(0, 1))
-        return slices_as_volumes(reduced.squeeze(2), len(x), 2)
+        return slices_as_volumes(reduced.squeeze(2), x.shape[0], 2)
 
 
 def _windows(x: Tensor, slices: int) -> Tensor:

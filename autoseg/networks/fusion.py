@@ -32,7 +32,7 @@ class ReferenceFusion(nn.Module):
     def forward(self, features: Tensor, reference: Tensor, reference_grid: OutputGrid, grid: OutputGrid) -> Tensor:
         """Features (B, F, Z, Y, X) of the input, a reference (B, R, *its grid) -> residual (B, K + I, *grid.shape)."""
         encoded = slices_as_volumes(
-            self.encode(slices_as_batch(reference, self.dimensions)), len(reference), self.dimensions
+            self.encode(slices_as_batch(reference, self.dimensions)), reference.shape[0], self.dimensions
         )
         known = resample(encoded, reference_grid, grid)
         own = interpolate(self.project(features), grid)

@@ -114,7 +114,7 @@ class UNet(nn.Module):
     def _on_input_grid(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last features and the logits of the scored decoder stages, finest first, all (B, ..., Z, Y, X)."""
         x = self.context(x)
-        batch = len(x)
+        batch = x.shape[0]
         x = slices_as_batch(x, self.dimensions)
         skips = []
         for stage in self.encoder:

@@ -152,7 +152,7 @@ class FilterHead(UpHead):
             residual = _mix_along(residual, weights, axis, contract=axis == self.axes[-1])
         if not self.axes:
             residual = residual.sum(1)
-        residual = residual.unflatten(0, (len(features), -1)).float()
+        residual = residual.unflatten(0, (features.shape[0], -1)).float()
         return interpolate(residual, grid.without(self.axes, residual.shape[2:]))
 
 

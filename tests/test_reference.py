@@ -31,6 +31,7 @@ from autoseg.geometry import resample_grid
 from autoseg.image import Grid, Image, read_image, write_image
 from autoseg.inference.crossval import validate_fold
 from autoseg.inference.held_out import held_out_case
+from autoseg.inference.package import export_model
 from autoseg.inference.predictor import load_model
 from autoseg.inference.run import predict_files
 from autoseg.inference.sliding_window import sliding_window_logits
@@ -587,3 +588,12 @@ def test_an_image_in_memory_brings_its_reference_along(trained: tuple[Path, Path
     far = replace(image, references=(replace(reference, grid=replace(THIN, origin=(0.0, 99.0, 0.0))),))
     with pytest.raises(PredictionError, match="'T1': the reference channel does not overlap the image"):
         model.predict(far)
+
+
+def test_an_exported_model_says_which_channel_lies_on_a_grid_of_its_own(
+    tmp_path: Path, trained: tuple[Path, Path]
+) -> None:
+    exported = export_model(Workspace(trained[1].parents[2]), "3d_sr", tmp_path / "model", folds=("0",))
+    described = json.loads((exported / "dataset.json").read_text())
+    assert described["channel_grids"] == {"1": "own"} and described["channel_names"]["1"] == "T1"
+    assert load_model(exported, "cpu").predict(coded(THICK, THIN)).shape == (24, 20, 18)

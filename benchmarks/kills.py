@@ -119,8 +119,10 @@ def disturb(runs: Runs, folder: Path, length: float, *, count: int, draw: random
         try:
             ended = runs.start(workspace, seconds)
         except RuntimeError as error:
+            if not pending:
+                raise
             runs.lost += [f"after a kill during '{what}': {error}" for what in runs.kills[before - pending :]]
-            ended, pending = True, 0
+            pending = 0
             shutil.rmtree(workspace, ignore_errors=True)
             continue
         pending += len(runs.kills) - before

@@ -185,6 +185,8 @@ class Finding:
     """`geometry.orientation_code` of the file."""
     planar: bool = False
     """Whether the file is a 2D image, whose direction says nothing."""
+    constant: bool = False
+    """Whether every channel has the same value everywhere."""
     values: tuple[int, ...] = ()
     """Label values that occur."""
     sides: tuple[tuple[float, ...] | None, ...] = ()
@@ -231,6 +233,7 @@ def examine_case(job: tuple[Case, bool], *, dataset: RawDataset) -> Finding:
         spacing=tuple(image.grid.spacing[axis] for axis in permutation),
         orientation=orientation_code(image.grid.direction),
         planar=image.grid.dimensions == 2,
+        constant=all(channel.min() == channel.max() for channel in image.array),
         values=values,
         sides=() if label is None else _sides(label, dataset),
     )
@@ -315,7 +318,11 @@ def _listing_problems(listing: Listing) -> Iterator[Problem]:
 
 def _foreground_problems(dataset: RawDataset, findings: Sequence[Finding]) -> Iterator[Problem]:
     readable = [finding for finding in findings if finding.readable]
-    if not readable or not dataset.labels.names:
+    if not readable:
+        return
+    if not dataset.labels.names:
+        if all(finding.constant for finding in readable):
+            yield Problem("", ERROR, "Every image has the same value everywhere; there is nothing to learn.")
         return
     occurring = {value for finding in readable for value in finding.values}
     if not occurring & set(dataset.labels.foreground_values):

@@ -154,6 +154,8 @@ def test_images_of_one_value_have_nothing_to_learn(images_alone: Make) -> None:
         write_image(Image(np.full_like(image.array, 7), image.grid), path)
     with pytest.raises(DatasetError, match="every image has the same value everywhere"):
         extract_fingerprint(RawDataset.load(root), workers=1)
+    (error,) = verify_dataset(root, workers=1).errors
+    assert error.sentence.startswith("Every image has the same value everywhere")
 
 
 # --- the plan

@@ -40,6 +40,7 @@ setup(
         "dev": ["mypy>=1.10", "ruff>=0.6"],
         "mlflow": ["alembic>=1.13", "mlflow-skinny>=3.13", "sqlalchemy>=2.0"],
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torch>=2.13"],
+        "ray": ["ray>=2.40"],
         "tensorboard": ["tensorboard>=2.16"],
     },
     entry_points={"console_scripts": ["autoseg=autoseg.cli:main"]},

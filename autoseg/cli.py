@@ -100,6 +100,10 @@ MlflowOption = Annotated[
         "--mlflow-uri", metavar="URI", help="MLflow's store or server. [default: the file mlflow.db in the workspace]"
     ),
 ]
+ExecutorOption = Annotated[
+    str,
+    typer.Option("--executor", metavar="WHERE", help="local, ray (started here) or ray://HOST:PORT, a Ray cluster."),
+]
 VerboseOption = Annotated[
     int, typer.Option("-v", "--verbose", count=True, show_default=False, help="Say more; -vv says everything.")
 ]
@@ -538,6 +542,7 @@ def predict(
             "--workers", metavar="N", min=0, help="0: one case after the other; else read and write beside it."
         ),
     ] = None,
+    executor: ExecutorOption = "local",
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
@@ -561,8 +566,9 @@ def predict(
     ram = {"max_ram_bytes": parse_bytes(max_ram, option="--max-ram")} if max_ram is not None else {}
     asked = parse_numbers(output_spacing, option="--output-spacing") if output_spacing is not None else None
 
+    from autoseg.executor import executor_of
     from autoseg.inference.predictor import load_model
-    from autoseg.inference.run import PredictOptions, predict_files
+    from autoseg.inference.run import ModelSource, PredictOptions, predict_files
 
     options = PredictOptions(
         probabilities=probabilities,
@@ -577,9 +583,13 @@ def predict(
         **({"workers": workers} if workers is not None else {}),
     )
     chosen = [name.strip() for name in folds.split(",") if name.strip()] if folds else ()
-    loaded = load_model(model, device, folds=chosen)
-    with screen.named_cases("predicting") as progress:
-        outcome = predict_files(loaded, input, output, options=options, progress=progress)
+    source = ModelSource(model, device, tuple(chosen))
+    with executor_of(executor) as elsewhere:
+        loaded = load_model(model, device, folds=chosen)
+        with screen.named_cases("predicting") as progress:
+            outcome = predict_files(
+                loaded, input, output, options=options, executor=elsewhere, source=source, progress=progress
+            )
     skipped = f", {len(outcome.skipped)} were there already" if outcome.skipped else ""
     cases = "1 case" if len(outcome.done) == 1 else f"{len(outcome.done)} cases"
     screen.say(f"{cases} predicted to {output}{skipped}.")
@@ -678,6 +688,7 @@ def run(
     log: LogOption = None,
     mlflow_uri: MlflowOption = None,
     workers: WorkersOption = None,
+    executor: ExecutorOption = "local",
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
@@ -692,7 +703,9 @@ def run(
     Example:
       autoseg run data/Dataset004_Hippocampus --time 45m
       autoseg run data/Dataset004_Hippocampus --time 45m --dry-run
+      autoseg run data/Dataset004_Hippocampus --executor ray://10.0.0.1:6379
     """
+    from autoseg.executor import executor_of
     from autoseg.experiment import outlook
     from autoseg.experiment import run as everything
     from autoseg.training.loggers import asked_logs
@@ -723,10 +736,11 @@ def run(
 
             screen.say("\n".join(commands(contest, dataset, workspace, device=device, seed=seed, logs=logs)))
         return DONE
-    with screen.experiment() as shown, screen.stop_signals() as stop:
+    with executor_of(executor) as elsewhere, screen.experiment() as shown, screen.stop_signals() as stop:
         outcome = everything(
             dataset,
             **asked,
+            executor=elsewhere,
             licence=licence,
             seed=seed,
             logs=logs,

@@ -1,4 +1,4 @@
-"""A function and a list of cases -> their results, from a pool of spawned worker processes.
+"""A function and a list of cases -> their results, from a pool of spawned worker processes or from a Ray cluster.
 
 Workers are fresh interpreters (never forks): they import only what the function needs, and never the script that was
 started, so an unguarded script and an interactive session work too. They stay alive between two calls, so that one
@@ -7,6 +7,8 @@ cases go on. Workers end as soon as this process does, however it ends.
 
 What travels on the pipes is pickled, as in `multiprocessing`: both ends are processes of this command. No file is ever
 read that way.
+
+`Executor` is what is the same for this machine and for a cluster (`autoseg.cluster`): `EXECUTORS` names the two.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import IO, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
 
-from autoseg.errors import AutosegError, WorkerError
+from autoseg.errors import AutosegError, PlanError, WorkerError, unknown_choice
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+Results = Generator[tuple[int, Result | Exception], None, None]
 
 HEADER = struct.Struct(">cQ")  # a message on a pipe: what it is, its length in bytes, then the message
 FUNCTION, ITEM, ANSWER, READY = b"F", b"I", b"A", b"R"
@@ -38,6 +44,7 @@ BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
     "from autoseg.executor import serve; serve()"
 )
+STOP_SECONDS = 1.0  # between two questions whether to stop
 NICE = 10  # workers give way to the process that waits for them: what it does itself is what everything else waits for
 # one thread a worker: the pool already uses every core it was given
 ONE_THREAD = (
@@ -49,6 +56,128 @@ ONE_THREAD = (
 )
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What one call takes of a machine."""
+
+    cores: int = 1
+    gpus: int = 0
+    memory_bytes: int = 0
+    """0: not known."""
+    threads: int = 0
+    """Of torch, which decide how sums are rounded; 0: the function does without torch."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What calls read and write on the disk, for machines that do not see it; patterns of whole paths, as of glob."""
+
+    roots: tuple[Path, ...]
+    """Folders that every path lies in; where they are not seen, a machine has copies of them."""
+    reads: Callable[[Any], Sequence[str]]
+    """Of an item."""
+    writes: Callable[[Any], Sequence[str]]
+    """Of an item; no two items that are worked on at the same time share one."""
+
+
+class Executor(Protocol):
+    """Where many calls of one function are done."""
+
+    def places(self, device: str, needs: Needs) -> tuple[str, ...]:
+        """The device of each call that can be done at the same time; none where all are best done in this process.
+
+        `device` is what the user asked for. Raises PlanError where not one call has what it needs.
+        """
+
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        names: Sequence[str],
+        needs: Needs,
+        files: Files,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Results[Result]:
+        """As `map_cases`; when `stop` says yes, asked once a second, it ends early."""
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Processes of this machine.
+
+    Trainings are done one after another in this process: one takes the whole GPU or all cores, so two at a time would
+    each take twice as long. Where there are several GPUs each has a training of its own.
+    """
+
+    workers: int = 1
+    beside: bool = False
+    """Whether this process works beside them."""
+
+    def places(self, device: str, needs: Needs) -> tuple[str, ...]:
+        """One GPU each, where there are several and none was chosen."""
+        if device not in ("auto", "cuda"):
+            return ()
+        import torch
+
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return tuple(f"cuda:{number}" for number in range(found)) if found > 1 else ()
+
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        names: Sequence[str],
+        needs: Needs,
+        files: Files,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Results[Result]:
+        """As `map_cases`, by as many processes as there are `workers`; of GPUs by as many as there are items."""
+        workers = len(items) if needs.gpus else self.workers
+        return map_cases(function, items, workers=workers, names=names, beside=self.beside or needs.gpus > 0, stop=stop)
+
+    def close(self) -> None:
+        """The workers end with this process."""
+
+
+def _local(address: str) -> None:
+    if address:
+        raise PlanError(f"--executor local takes no address, got {address}; use --executor ray://{address}.")
+
+
+def _ray(address: str) -> Executor:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent anywhere unasked
+    from autoseg.cluster import RayExecutor
+
+    return RayExecutor.connect(address)
+
+
+EXECUTORS: dict[str, Callable[[str], Executor | None]] = {"local": _local, "ray": _ray}
+
+
+@contextlib.contextmanager
+def executor_of(text: str) -> Iterator[Executor | None]:
+    """What `--executor` names: `ray` or `ray://ADDRESS`, or `local`, which is None.
+
+    Whoever is given None takes a `LocalExecutor` with as many workers as suit what it does. Raises PlanError where the
+    cluster is not there.
+    """
+    name, _, address = text.partition("://")
+    if name not in EXECUTORS:
+        raise PlanError(unknown_choice("--executor", text, EXECUTORS))
+    executor = EXECUTORS[name](address)
+    try:
+        yield executor
+    finally:
+        if executor is not None:
+            executor.close()
+
+
 def map_cases(
     function: Callable[[Item], Result],
     items: Iterable[Item],
@@ -56,7 +185,8 @@ def map_cases(
     workers: int,
     names: Sequence[str],
     beside: bool = False,
-) -> Generator[tuple[int, Result | Exception], None, None]:
+    stop: Callable[[], bool] | None = None,
+) -> Results[Result]:
     """`(index, function(item))` for every item, in the order in which they are done.
 
     An exception takes the place of its case's result, and so does a WorkerError where the worker died; the other
@@ -64,14 +194,14 @@ def map_cases(
     at any time. With `workers` of 0 or 1 everything runs in this process, unless that works `beside` them. `function`
     must be importable (a function of a module, or a `functools.partial` of one). Closing the generator, and Ctrl-C
     while it waits, end the busy workers; who may leave the loop early takes
-    `with contextlib.closing(map_cases(...)) as results`.
+    `with contextlib.closing(map_cases(...)) as results`. So does `stop`, which worker processes are watched with.
     """
     if workers <= 1 and not beside:
         for index, item in enumerate(items):
             yield index, _call(function, item, names[index])
         return
     call = _pickle_function(function)
-    yield from _Run(call, items, names).results(max(1, min(workers, len(names))))
+    yield from _Run(call, items, names).results(max(1, min(workers, len(names))), stop)
 
 
 def available_cores() -> int:
@@ -168,16 +298,19 @@ class _Run:
         self.busy: set[_Worker] = set()
         self.stopped = False
 
-    def results(self, workers: int) -> Iterator[tuple[int, Any]]:
-        """Yield what the threads put into the queue until each of them has said that it is done."""
+    def results(self, workers: int, stop: Callable[[], bool] | None) -> Iterator[tuple[int, Any]]:
+        """Yield what the threads put into the queue until each of them has said that it is done, or until `stop`."""
         self.done: queue.Queue[tuple[int, Any] | BaseException | None] = queue.Queue(maxsize=2 * workers)
         threads = [threading.Thread(target=self._feed, daemon=True) for _ in range(workers)]
         try:
             for thread in threads:
                 thread.start()
             running = workers
-            while running:
-                entry = self.done.get()
+            while running and not (stop is not None and stop()):
+                try:
+                    entry = self.done.get(timeout=None if stop is None else STOP_SECONDS)
+                except queue.Empty:
+                    continue
                 if entry is None:
                     running -= 1
                 elif isinstance(entry, BaseException):
@@ -285,13 +418,7 @@ class _Worker:
         _send(_pipe(self.process.stdin), ITEM, item)
         _, answer = _receive(_pipe(self.process.stdout))
         self.healthy = True
-        value, trace = pickle.loads(answer)
-        if trace is None:
-            return value
-        if isinstance(value, MemoryError):
-            return _out_of_memory(name, value)
-        value.__cause__ = RemoteTraceback(trace)
-        return value
+        return unpickled_answer(answer, name)
 
     def kill(self) -> None:
         """End the process at once, in the midst of its case."""
@@ -397,6 +524,25 @@ def serve() -> None:
         except Exception as error:
             answer = _pickle_error(error)
         _send(answers, ANSWER, answer)
+
+
+def pickled_call(function: Callable[[Any], Any], item: Any) -> bytes:
+    """What `unpickled_answer` gives back elsewhere: the function's result, or the exception that it raised."""
+    try:
+        return pickle.dumps((function(item), None))
+    except Exception as error:
+        return _pickle_error(error)
+
+
+def unpickled_answer(answer: bytes, name: str) -> Any:
+    """The result or, in its place, the exception of a `pickled_call`."""
+    value, trace = pickle.loads(answer)
+    if trace is None:
+        return value
+    if isinstance(value, MemoryError):
+        return _out_of_memory(name, value)
+    value.__cause__ = RemoteTraceback(trace)
+    return value
 
 
 def _pickle_error(error: Exception) -> bytes:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError
+from autoseg.executor import Executor, Files, LocalExecutor, Needs
 from autoseg.files import remove_leftovers
 from autoseg.locks import alone
 from autoseg.pipeline import load_plan, plan_and_preprocess, train, validate, workspace_of
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 TRAINING_SHARE = 0.85  # of a run's time that trains; the rest plans, preprocesses, predicts held-out cases and reports
 AIMED_SHARE = 0.98  # of the time for everything at which a run means to end
 LEAST_FOLD_SECONDS = 10.0  # what a fold gets even where the time is spent
+CORES_BESIDE_GPU = 4  # that prepare patches for it
+PROCESS_BYTES = 2 * 10**9  # of memory that a training takes beside its step: libraries, patches that wait
 LEAST_GROWTH = 1.25  # a training that goes on from a fork is at least so many times as long as that was
 
 
@@ -118,6 +122,7 @@ def run(
     licence: str = "not stated",
     device: str = "auto",
     workers: int = 1,
+    executor: Executor | None = None,
     seed: int = 0,
     logs: Logs = NO_LOGS,
     clock: Callable[[], float] = time.monotonic,
@@ -137,6 +142,7 @@ def run(
     works in the workspace.
     """
     began, timed = clock(), seconds is not None and steps is None
+    dataset_root, trainers = Path(dataset_root).resolve(), executor or LocalExecutor(workers)
     place = workspace_of(dataset_root, workspace)
     with alone(place.lock, what=f"{place.root}: another run works here"):
         remove_leftovers(place.root)
@@ -153,6 +159,7 @@ def run(
             folds=folds,
             device=device,
             workers=workers,
+            executor=executor,
         )
         from autoseg.contest import Contest
         from autoseg.forecast import Pace
@@ -169,13 +176,16 @@ def run(
             if now.rung is not None and now.rung.forks and not now.rung.lengths:
                 contest.begin_forks(now.rung, fold_seconds=None if left is None else _fold_time(contest, pace, left))
             elif now.tasks:
-                job = _job(form, now, contest, pace, left)
+                jobs = _next_jobs(form, now, contest, pace, left, trainers)
                 on_rows(contest.rows(), now.tasks[0])
-                on_part(f"{job}")
-                done = run_job(job, on_step=on_step, stop=stop, clock=clock)
-                if not done.finished:
-                    return Outcome(plan, place, None, finished=False)
-                _take_note(done, contest, pace)
+                on_part("; ".join(map(str, jobs)))
+                with contextlib.closing(
+                    _done(jobs, plan, trainers, form.device, on_step=on_step, stop=stop, clock=clock)
+                ) as ended:
+                    for done in ended:
+                        if not done.finished:
+                            return Outcome(plan, place, None, finished=False)
+                        _take_note(done, contest, pace)
             elif now.rung is not None:
                 on_part(f"comparing {len(now.contenders)} candidates: {now.rung.name}")
                 start = clock()
@@ -251,10 +261,103 @@ def outlook(
     return contest, agenda(contest, pace, fold_seconds=whole, preprocessing=preprocessing)
 
 
-def _job(form: Job, now: Round, contest: Contest, pace: Pace, left: float | None) -> Job:
-    """The next job of a round; `left` are the seconds of the time for everything, if that was asked for."""
-    task = now.tasks[0]
-    job = replace(form, configuration=task.configuration, fold=task.fold)
+def _next_jobs(
+    form: Job, now: Round, contest: Contest, pace: Pace, left: float | None, executor: Executor
+) -> list[Job]:
+    """As many of a round as can be done at the same time, each with its device; one without, where it is done here.
+
+    A configuration at a time, since its needs are its own.
+    """
+    first = now.tasks[0].configuration
+    tasks = [task for task in now.tasks if task.configuration == first]
+    needs = needs_of(contest.plan, first, form.device)
+    places = executor.places(form.device, needs)
+    forms = [replace(form, device=device, workers=needs.cores) for device in places] or [form]
+    turns = math.ceil(len(tasks) / len(forms))
+    chosen = zip(forms, tasks, strict=False)
+    return [_job(one, task, now, contest, pace, left, at_once=len(tasks) / turns) for one, task in chosen]
+
+
+def needs_of(plan: Plan, configuration: str, device: str) -> Needs:
+    """What a fold takes: a GPU or the threads that a training here would have, and the memory of the forecast."""
+    import torch
+
+    from autoseg.device import resolve_device
+
+    threads, forecast = torch.get_num_threads(), plan.forecasts.get(configuration)
+    if resolve_device(device).type == "cuda":
+        return Needs(CORES_BESIDE_GPU, 1, PROCESS_BYTES, threads)
+    return Needs(threads, 0, PROCESS_BYTES + (forecast.memory_bytes if forecast is not None else 0), threads)
+
+
+def files_of(plan: Plan, place: Workspace, dataset: Path) -> Files:
+    """What jobs read and write."""
+
+    def below(folder: Path, pattern: str) -> str:
+        return f"{glob.escape(str(folder))}/{pattern}"
+
+    def reads(job: Job) -> list[str]:
+        settings = plan.configuration(job.configuration)
+        stage = place.models / settings.previous_stage if settings.previous_stage else None
+        return [
+            below(dataset, "**"),
+            below(place.root, "*.json"),
+            below(place.store(settings.preprocessing), "*"),
+            *([below(stage, "*/validation/*"), below(stage, "next_stage/**")] if stage is not None else []),
+            *writes(job),
+        ]
+
+    def writes(job: Job) -> list[str]:
+        return [below(place.fold(job.configuration, job.fold), "**")]
+
+    return Files((dataset, place.root), reads, writes)
+
+
+def _done(
+    jobs: Sequence[Job],
+    plan: Plan,
+    executor: Executor,
+    device: str,
+    *,
+    on_step: Callable[[Progress], None] | None,
+    stop: Callable[[], bool],
+    clock: Callable[[], float],
+) -> Generator[JobDone, None, None]:
+    """Each job when it is done; `device` is what the user asked for.
+
+    Raises the error of the first that fails; the others are ended.
+    """
+    first = jobs[0]
+    needs = needs_of(plan, first.configuration, device)
+    if not executor.places(device, needs):
+        yield run_job(first, on_step=on_step, stop=stop, clock=clock)
+        return
+    from autoseg.inference.cascade import prepare_previous_stage
+
+    place = Workspace(first.workspace)
+    prepare_previous_stage(plan, first.configuration, workspace=place, workers=first.workers)  # once, for all of them
+    results = executor.map(
+        run_job,
+        jobs,
+        names=[f"{job}" for job in jobs],
+        needs=needs,
+        files=files_of(plan, place, first.dataset),
+        stop=stop,
+    )
+    count = 0
+    with contextlib.closing(results):
+        for _, result in results:
+            if isinstance(result, Exception):
+                raise result
+            count += 1
+            yield result
+    if count < len(jobs):  # it was told to stop
+        yield JobDone(first, finished=False)
+
+
+def _job(one: Job, task: Task, now: Round, contest: Contest, pace: Pace, left: float | None, *, at_once: float) -> Job:
+    """The job of a task of a round; `left` are the seconds of the time for everything, if that was asked for."""
+    job = replace(one, configuration=task.configuration, fold=task.fold)
     fork = contest.fork_length(task)
     if fork is not None and now.forks(task):
         cases = contest.fork_cases(task, pace)
@@ -263,7 +366,7 @@ def _job(form: Job, now: Round, contest: Contest, pace: Pace, left: float | None
         length = contest.length(task.configuration)
         return replace(job, steps=length.steps, seconds=length.seconds, before=fork)
     least = LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
-    return replace(job, seconds=max(_fold_time(contest, pace, left), least), before=fork)
+    return replace(job, seconds=max(_fold_time(contest, pace, left, at_once=at_once), least), before=fork)
 
 
 def _take_note(done: JobDone, contest: Contest, pace: Pace) -> None:
@@ -275,13 +378,16 @@ def _take_note(done: JobDone, contest: Contest, pace: Pace) -> None:
         pace.predicted(job.configuration, cases, done.predicting_seconds, mirroring=not job.is_fork)
 
 
-def _fold_time(contest: Contest, pace: Pace, left: float) -> float:
-    """Seconds that a whole fold may train, when all that is still to be done shall end in `left` seconds."""
+def _fold_time(contest: Contest, pace: Pace, left: float, *, at_once: float = 1) -> float:
+    """Seconds that a whole fold may train, when all that is still to be done shall end in `left` seconds.
+
+    `at_once`: folds that are trained at the same time, on the average.
+    """
     from autoseg.forecast import fold_seconds
 
     names = [name for contender in contest.round().contenders for name in contender.members]
     cases = sum(len(fold.validation) for fold in contest.folds)
-    seconds = fold_seconds(left - pace.finishing(names, cases), contest.works(pace))
+    seconds = fold_seconds(at_once * (left - pace.finishing(names, cases)), contest.works(pace))
     if seconds < LEAST_FOLD_SECONDS:
         log.warning(
             "%s: the time is spent; each fold that is left trains for %d s, and the run ends later than was asked.",

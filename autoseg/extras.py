@@ -10,6 +10,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "tensorboard": ("tensorboard",),
     "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "ray": ("ray",),
 }
 """For each extra the modules that must be there; none of them is imported before it is asked for."""
 

@@ -25,6 +25,7 @@ from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, MODELS, Workspace
 
 if TYPE_CHECKING:
+    from autoseg.executor import Executor
     from autoseg.experiment_planning.fingerprint import Fingerprint
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.inference.evaluation import Evaluation
@@ -80,6 +81,7 @@ def plan_and_preprocess(
     folds: Path | None = None,
     device: str = "auto",
     workers: int = 1,
+    executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Planned:
     """Fingerprint, plan and store of a raw dataset; what is there already and still right is not made again.
@@ -108,7 +110,13 @@ def plan_and_preprocess(
     from autoseg.preprocessing.run import preprocess
 
     fill = functools.partial(
-        preprocess, dataset, workspace=place, workers=workers, drop_cases=list(dropped), progress=progress
+        preprocess,
+        dataset,
+        workspace=place,
+        workers=workers,
+        executor=executor,
+        drop_cases=list(dropped),
+        progress=progress,
     )
     filled: tuple[PreprocessingSettings, ...] = ()
     if keep_plan:

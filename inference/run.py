@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
+import glob
 import logging
 import re
 import tempfile
@@ -14,10 +16,11 @@ from pathlib import Path
 
 from autoseg.dataset import Case
 from autoseg.errors import AutosegError, PredictionError
+from autoseg.executor import Executor, Files, Needs
 from autoseg.files import PARTIAL, storage_error
 from autoseg.image import PICTURE_ENDINGS, Image, Triple, image_ending, write_image
 from autoseg.inference.answer_grid import check_spacing, require_any_scale
-from autoseg.inference.predictor import CaseAnswer, Model, PredictionSettings
+from autoseg.inference.predictor import CaseAnswer, Model, PredictionSettings, load_model
 from autoseg.inference.sliding_window import MAX_RAM_BYTES
 from autoseg.labels import Labels
 from autoseg.preprocessing.case import CaseGeometry, PreprocessedCase
@@ -108,12 +111,23 @@ class PredictTask:
     """Why the case cannot be predicted, seen from the names of its files."""
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """What `load_model` is told: plain values, with which another process loads the same model."""
+
+    path: Path
+    device: str = "auto"
+    folds: tuple[str, ...] = ()
+
+
 def predict_files(
     model: Model,
     input: Path | str,
     output: Path | str,
     *,
     options: PredictOptions | None = None,
+    executor: Executor | None = None,
+    source: ModelSource | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> PredictOutcome:
     """Predict every case of `input` and write label files into `output`, a folder or, for one case, a file.
@@ -123,7 +137,8 @@ def predict_files(
     DICOM as .nii.gz. A model that predicts no labels writes the super-resolved image in their place, of pictures as
     .nii.gz.
     `progress(case, cases finished, cases in all)` is called after each case. A case that fails is noted with its
-    sentence and the others go on. Raises PredictionError where `input` holds nothing to predict or the model cannot do
+    sentence and the others go on. With an `executor` the cases are predicted wherever it does them, by the model's
+    `source`. Raises PredictionError where `input` holds nothing to predict or the model cannot do
     what is asked for, and StorageError where `output` cannot be written at all.
     """
     options = options or PredictOptions()
@@ -139,7 +154,12 @@ def predict_files(
     tasks = [task for task in tasks if task.case.identifier not in skipped]
     _check_writable(tasks)
     done, failed = [], {}
-    for number, (task, problem) in enumerate(_predict_all(model, tasks, options), start=1):
+    if executor is None:
+        answers = _predict_all(model, tasks, options)
+    else:
+        assert source is not None, "another process must know where the model is"
+        answers = _predict_elsewhere(executor, source, tasks, options, root=Path(input))
+    for number, (task, problem) in enumerate(answers, start=1):
         name = task.case.identifier
         if problem is None:
             done.append(name)
@@ -323,6 +343,56 @@ def _predict_all(
             del answer
         if writing is not None:
             yield writing[0], _problem(writing[0], writing[1].result)
+
+
+def _predict_elsewhere(
+    executor: Executor, source: ModelSource, tasks: Sequence[PredictTask], options: PredictOptions, *, root: Path
+) -> Iterator[tuple[PredictTask, str | None]]:
+    """Each task, when it is finished somewhere, with the sentence of its problem or None."""
+    import torch
+
+    from autoseg.device import resolve_device
+
+    tasks = [replace(task, case=_absolute(task.case), output=task.output.resolve()) for task in tasks]
+    source = replace(source, path=source.path.resolve())
+    threads, gpus = torch.get_num_threads(), int(resolve_device(source.device).type == "cuda")
+    needs = Needs(1 if gpus else threads, gpus, options.max_ram_bytes, threads)
+    places = executor.places(source.device, needs)
+    predict = functools.partial(
+        predict_case, source=replace(source, device=(*places, source.device)[0]), options=options
+    )
+    root = root.resolve()
+    roots = (root if root.is_dir() else root.parent, source.path.parent, *{task.output.parent for task in tasks})
+
+    def reads(task: PredictTask) -> list[str]:
+        paths = [*task.case.images, source.path]
+        return [glob.escape(str(path)) + ("/**" if path.is_dir() else "") for path in paths]
+
+    def writes(task: PredictTask) -> list[str]:
+        probabilities = task.output.with_name(_stem(task.output) + PROBABILITIES)
+        files = [glob.escape(str(path)) for path in (image_file(task.output), task.output)]
+        return [f"{glob.escape(str(probabilities))}/*", *files]
+
+    names = [task.case.identifier for task in tasks]
+    results = executor.map(predict, tasks, names=names, needs=needs, files=Files(roots, reads, writes))
+    with contextlib.closing(results):
+        for index, result in results:
+            yield tasks[index], str(result) if isinstance(result, Exception) else result
+
+
+def _absolute(case: Case) -> Case:
+    return replace(case, images=tuple(path.resolve() for path in case.images))
+
+
+def predict_case(task: PredictTask, *, source: ModelSource, options: PredictOptions) -> str | None:
+    """Predict and write one case; the sentence of its problem or None. Runs in any process."""
+    return _problem(task, functools.partial(_predict_one, _loaded(source), task, options))
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(source: ModelSource) -> Model:
+    """Of one case after the other in the same process."""
+    return load_model(source.path, source.device, folds=source.folds)
 
 
 def _predict_one(model: Model, task: PredictTask, options: PredictOptions) -> None:

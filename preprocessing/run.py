@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from autoseg.dataset import Case, RawDataset, read_case
 from autoseg.errors import AutosegError, DatasetError, StorageError
-from autoseg.executor import map_cases
+from autoseg.executor import Executor, Files, LocalExecutor, Needs
 from autoseg.files import storage_error
 from autoseg.labels import Labels
 from autoseg.plan import PreprocessingSettings, to_json
@@ -41,6 +42,7 @@ def preprocess(
     workspace: Workspace,
     *,
     workers: int = 1,
+    executor: Executor | None = None,
     drop_cases: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -48,6 +50,7 @@ def preprocess(
 ) -> bool:
     """Preprocess every training case for each of these settings; each names a store of the workspace.
 
+    The cases are done by `workers` processes of this machine, or by an `executor` wherever it does them.
     `drop_cases` are left out. `progress(done, total)` is called after each case. `stop` is asked after each case; when
     it says yes, the rest is left undone. `beside`: in worker processes however few, because this one works too. Returns
     whether everything is there. Raises DatasetError naming every broken case at once; the sound ones are finished by
@@ -61,12 +64,12 @@ def preprocess(
     log.info("preprocessing %d cases, %d are up to date", len(todo), len(cases) - len(todo))
     done = len(cases) - len(todo)
     broken: dict[str, Exception] = {}
-    results = map_cases(
+    results = (executor or LocalExecutor(workers, beside=beside)).map(
         functools.partial(preprocess_and_store, dataset=_without_cases(dataset), labels=dataset.labels),
         todo,
-        workers=workers,
         names=[case.identifier for case, _ in todo],
-        beside=beside,
+        needs=Needs(),
+        files=Files((dataset.root, workspace.root), _files_read, _files_written),
     )
     with contextlib.closing(results):
         for index, result in results:
@@ -84,6 +87,19 @@ def preprocess(
     if broken:
         raise DatasetError(_broken_cases(broken))
     return done == len(cases)
+
+
+def _files_read(item: tuple[Case, tuple[Target, ...]]) -> list[str]:
+    """The raw files of a case; of a DICOM series all in its folder."""
+    case, _ = item
+    paths = [*case.images, *((case.label,) if case.label else ())]
+    return [glob.escape(str(path)) + ("/*" if path.is_dir() else "") for path in paths]
+
+
+def _files_written(item: tuple[Case, tuple[Target, ...]]) -> list[str]:
+    """The case's files in each store."""
+    case, targets = item
+    return [glob.escape(str(path)) for target in targets for path in Store(target.folder).files(case.identifier)]
 
 
 def outdated_cases(

@@ -227,13 +227,14 @@ class Store:
                 except OSError:  # not every file system has hard links
                     shutil.copyfile(entry.folder / name, temporary)
 
+    def files(self, case: str) -> list[Path]:
+        """Every file that a case may have, the JSON first."""
+        arrays = [self.folder / f"{case}.{name}.b2nd" for name in ("image", "label", REFERENCE, FOREGROUND)]
+        return [self._record(case), *arrays]
+
     def remove(self, case: str) -> None:
         """Remove a case and whatever is left of it; the JSON first, so that it stops counting as done at once."""
-        record = self._record(case)
-        for path in [
-            record,
-            *(self.folder / f"{case}.{name}.b2nd" for name in ("image", "label", REFERENCE, FOREGROUND)),
-        ]:
+        for path in self.files(case):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:

@@ -420,18 +420,20 @@ def _training(found: Findings) -> str:
         drawn = [fold for fold in folds if fold.rows]
         if not drawn:
             continue
-        minutes = {fold.name: [row.seconds / 60 for row in fold.rows] for fold in drawn}
+        longest = max(row.seconds for fold in drawn for row in fold.rows)
+        unit, length = ("minutes", 60.0) if longest >= 120 else ("seconds", 1.0)
+        times = {fold.name: [row.seconds / length for row in fold.rows] for fold in drawn}
         loss = [
-            Line(f"fold {fold.name}", minutes[fold.name], [row.loss for row in fold.rows], i % COLOURS)
+            Line(f"fold {fold.name}", times[fold.name], [row.loss for row in fold.rows], i % COLOURS)
             for i, fold in enumerate(drawn)
         ]
         dice = [
-            Line(f"fold {fold.name}", minutes[fold.name], [row.dice for row in fold.rows], i % COLOURS)
+            Line(f"fold {fold.name}", times[fold.name], [row.dice for row in fold.rows], i % COLOURS)
             for i, fold in enumerate(drawn)
         ]
-        charts = line_chart(loss, title="Training loss", x="minutes", y="")
+        charts = line_chart(loss, title="Training loss", x=unit, y="")
         if any(row.dice is not None for fold in drawn for row in fold.rows):
-            charts += line_chart(dice, title="Dice on held-out patches (a trend, not a score)", x="minutes", y="")
+            charts += line_chart(dice, title="Dice on held-out patches (a trend, not a score)", x=unit, y="")
         parts.append(heading(name) + f'<div class="charts">{charts}</div>' + legend([line.name for line in loss]))
     return "".join(parts)
 

@@ -200,16 +200,17 @@ def _predict_missing(
             before = None if previous is None else previous.entry(case)
             held_out = held_out_case(store.entry(case), model.configuration, plan.labels, previous=before)
             answer, probabilities = _predict(model, held_out, mirroring=mirroring)
-            if answer.logits is not None:
-                labels = export_labels(answer.logits, held_out.scored, plan.labels)
-                write_image(labels, _prediction(validation, case, ending))
-            if answer.image is not None and held_out.truth is not None:
-                _keep_image_score(validation / IMAGES, case, score_image(answer.image.numpy(), held_out.truth))
-            kept.write(case, probabilities, held_out.scored, {}, source=source)
+            labels = None if answer.logits is None else export_labels(answer.logits, held_out.scored, plan.labels)
         except AutosegError as error:
             sentence = str(error)
             failed[case] = sentence if case in sentence else f"Case {case}: {sentence}"
             log.error("%s", failed[case])
+        else:  # what cannot be written hits every case alike: a case that failed by a full disk would stay so
+            if labels is not None:
+                write_image(labels, _prediction(validation, case, ending))
+            if answer.image is not None and held_out.truth is not None:
+                _keep_image_score(validation / IMAGES, case, score_image(answer.image.numpy(), held_out.truth))
+            kept.write(case, probabilities, held_out.scored, {}, source=source)
         if progress is not None:
             progress(case, number, len(todo))
     return failed

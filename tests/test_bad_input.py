@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ from autoseg.checkpoint import checkpoint_id
 from autoseg.dataset import RawDataset
 from autoseg.errors import CheckpointError
 from autoseg.experiment_planning.fingerprint import extract_fingerprint
-from autoseg.files import write_json
+from autoseg.files import storage_error, write_json
+from autoseg.image import Grid, Image, read_image, write_image
 from autoseg.locks import alone
 from autoseg.pipeline import is_of_split, require_folds, validate
 from autoseg.plan import Plan
@@ -226,8 +228,6 @@ def test_a_case_that_was_removed_is_named_and_the_run_goes_on_when_it_is_back(co
 
 
 def test_a_spacing_that_no_memory_holds_names_the_case_and_the_grid(copy, tmp_path):
-    from autoseg.image import Grid, Image, read_image, write_image
-
     (tmp_path / "in").mkdir()
     scan = read_image(copy / NAME / "imagesTr" / "case_00_0000.nii.gz")
     grid = Grid(scan.shape, (1000.0, 1000.0, 1000.0))
@@ -267,6 +267,23 @@ def test_a_disk_that_fills_up_while_training(disk, leaving):
     disk.make_room()
     go_on = ["--continue"] if (place.fold(CONFIGURATION, "1") / "resume.safetensors").exists() else []
     assert train(disk.folder, *go_on, fold="1").status == 0
+
+
+def test_a_disk_that_fills_up_while_predicting_held_out_cases_fails_no_case_for_good(copy, place, monkeypatch):
+    validation = place.fold(CONFIGURATION, "0") / "validation"
+    shutil.rmtree(validation)
+
+    def full(image: Image, path: Path) -> None:
+        if path.name.startswith(CASES[4]):
+            raise storage_error(path, OSError(errno.ENOSPC, "No space left on device"))
+        write_image(image, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("autoseg.inference.crossval.write_image", full)
+        train(copy, "--continue").refused(f"{CASES[4]}.nii.gz: the disk is full")
+    assert not (validation / "summary.json").exists() and (validation / f"{CASES[3]}.nii.gz").is_file()
+    assert train(copy, "--continue").status == 0
+    assert json.loads((validation / "summary.json").read_text())["failed"] == {}
 
 
 def test_a_disk_that_fills_up_while_exporting_reporting_and_predicting(disk):

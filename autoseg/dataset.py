@@ -357,7 +357,8 @@ def _explicit_cases(
         lacking = [f"{path} is missing" for path in files if not path.exists()]
         if lacking:
             problems[str(identifier)] = lacking
-        cases.append(Case(str(identifier), tuple(files[: len(images)]), files[-1] if labelled else None))
+        label_file = files.pop() if labelled else None
+        cases.append(Case(str(identifier), tuple(files), label_file))
     return cases, problems, ()
 
 

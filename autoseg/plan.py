@@ -36,7 +36,8 @@ IMAGE_LOSSES = ("l1", "high_frequency", "perceptual", "consistency")
 # keys of the stages' dicts, which the core does not import; a test holds them together
 BLOCKS = ("plain", "residual")
 RECIPES = ("adamw", "sgd")
-SCHEMES = ("ct", "zscore", "masked_zscore", "none", "rescale", "rgb")
+SCHEMES = ("ct", "ct_unclipped", "zscore", "masked_zscore", "none", "rescale", "rgb")
+UNCLIPPED = "ct_unclipped"  # what thick slices are made of: a scanner averages before anybody clips
 BIAS_CORRECTION = "n4+"  # before a scheme's name: the bias field is corrected first
 MOST_VOXELS = 2**31  # of a batch; no GPU holds the features of so many
 LARGEST_SCALE = 8.0  # of super-resolution: the largest that has been shown to work at all (Dual-ArbNet)
@@ -69,7 +70,8 @@ class Normalization:
     """How one channel's intensities are normalised; see `autoseg.preprocessing.normalize`."""
 
     scheme: str
-    """Key of NORMALIZERS: ct, zscore, masked_zscore, none, rescale, rgb; "n4+" before it corrects the bias field."""
+    """Key of NORMALIZERS: ct, ct_unclipped (clipped once made thick), zscore, masked_zscore, none, rescale, rgb;
+    "n4+" before it corrects the bias field."""
     mean: float = 0.0
     """Mean of the dataset's foreground intensities (used by ct)."""
     std: float = 1.0
@@ -262,14 +264,19 @@ class Configuration:
     def input_preprocessing(self) -> PreprocessingSettings:
         """How a raw image is brought to the network's input grid for prediction.
 
-        Other than `preprocessing`, the store's, where the store holds the fine grid that inputs are degraded from.
+        Other than `preprocessing`, the store's, where the store holds the fine grid that inputs are degraded from. What
+        is clipped after that in training is clipped here.
         """
         if self.sr_source != "degraded":
             return self.preprocessing
         scale = [self.sr_scale[self.frames(training=False)[0].index(axis)] for axis in range(3)]
         z, y, x = self.preprocessing.spacing
         spacing = (None if z is None else z * scale[0], y * scale[1], x * scale[2])
-        return dataclasses.replace(self.preprocessing, spacing=spacing)
+        normalization = tuple(
+            dataclasses.replace(n, scheme="ct") if n.scheme == UNCLIPPED else n
+            for n in self.preprocessing.normalization
+        )
+        return dataclasses.replace(self.preprocessing, spacing=spacing, normalization=normalization)
 
     def frames(self, *, training: bool) -> tuple[Shape, ...]:
         """Orders of the network axes in which patches are seen: entry i is the axis that becomes patch axis i.

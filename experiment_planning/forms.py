@@ -168,7 +168,7 @@ def super_resolved_volume(name: str, grid: GridRules, resolution: SuperResolutio
             "x); plan 3d_sr instead."
         )
     store = preprocessing_settings(grid, resolution.store_spacing, dimensions=3)
-    store = resolution.with_label_scale(store)
+    store = resolution.store_settings(store)
     return Form(
         name,
         "3d",
@@ -201,7 +201,7 @@ def super_resolved_slices(name: str, grid: GridRules, resolution: SuperResolutio
     view = plain[0]
     frame = frame_of(view)
     store = preprocessing_settings(grid, resolution.store_spacing, dimensions=2 if view == 0 else 3)
-    store = resolution.with_label_scale(store)
+    store = resolution.store_settings(store)
     spacing = (None, *resolution.input_spacing[1:]) if view == 0 else resolution.input_spacing
     return Form(
         name,

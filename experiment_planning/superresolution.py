@@ -27,7 +27,8 @@ from autoseg.experiment_planning.notes import Notes, sizes
 from autoseg.geometry import canonical_axes, turn_array
 from autoseg.labels import Labels
 from autoseg.metrics import dice
-from autoseg.plan import LARGEST_SCALE, Acquisition, PreprocessingSettings, Vector, to_json
+from autoseg.plan import LARGEST_SCALE, UNCLIPPED, Acquisition, PreprocessingSettings, Vector, to_json
+from autoseg.preprocessing.degradation import INTERPOLATED
 
 NAMES = ("3d_sr", "3d_sr_any", "2d_sr", "2.5d_stack_sr")
 IMAGES_ALONE = "super_resolution"
@@ -131,9 +132,18 @@ class SuperResolution:
         """Whether images are answered; finer labels alone are no truth for an image."""
         return self.task != "segmentation" and self.source != "paired"
 
-    def with_label_scale(self, settings: PreprocessingSettings) -> PreprocessingSettings:
-        """Settings of a store that keeps finer labels beside its images, where these are the truth."""
-        return replace(settings, label_scale=self.scale) if self.source == "paired" else settings
+    def store_settings(self, settings: PreprocessingSettings) -> PreprocessingSettings:
+        """Settings of a store that keeps what is the truth: finer labels, or CT that thick slices can be made of."""
+        if self.source == "paired":
+            return replace(settings, label_scale=self.scale)
+        if self.source != "degraded" or self.acquisition is None or self.acquisition.profile == INTERPOLATED:
+            return settings
+        apart = settings.reference.channels if settings.reference else ()
+        normalization = tuple(
+            replace(n, scheme=UNCLIPPED) if n.scheme == "ct" and channel not in apart else n
+            for channel, n in enumerate(settings.normalization)
+        )
+        return replace(settings, normalization=normalization)
 
     def names(self, dimensions: int) -> tuple[str, ...]:
         """The configurations that are planned for it where none is named."""

@@ -18,7 +18,7 @@ from autoseg.labels import Labels
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Configuration
 from autoseg.preprocessing.case import CaseGeometry, fine_geometry
-from autoseg.preprocessing.degradation import centre, degrade_entry, is_thick, masked_channels
+from autoseg.preprocessing.degradation import centre, clip_late, degrade_entry, is_thick, masked_channels
 from autoseg.preprocessing.framed import FramedEntry, turned_back
 from autoseg.preprocessing.store import REFERENCE, StoreEntry
 
@@ -92,6 +92,7 @@ def _thickened(entry: StoreEntry, configuration: Configuration) -> HeldOutCase:
         apart = OutputGrid(voxels, scales, starts)
     fine = zip(_stored_image(entry), masked_channels(configuration), *degraded.moments, strict=True)
     truth = np.stack([centre(channel, mean, masked=masked) / np.float32(std) for channel, masked, mean, std in fine])
+    clip_late(truth, configuration)
     answered = scored = entry.label_geometry or entry.geometry
     known: NDArray[np.float32] | None = truth[: configuration.architecture.image_channels]
     if is_thick(entry, configuration):  # the answer comes to the slices of its label, as it would in use

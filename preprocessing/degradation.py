@@ -20,7 +20,7 @@ from autoseg.acquisition import degrade, offset
 from autoseg.errors import PlanError
 from autoseg.plan import BIAS_CORRECTION, Acquisition, Configuration, Shape, Vector
 from autoseg.preprocessing.framed import FramedEntry, turned_back
-from autoseg.preprocessing.normalize import SMALLEST_SPREAD
+from autoseg.preprocessing.normalize import SMALLEST_SPREAD, late_limits
 from autoseg.preprocessing.store import Store, StoreEntry
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def degrade_entry(entry: StoreEntry, configuration: Configuration) -> DegradedIm
     z, y, x = fine.shape[1:]
     start = [-offset(size, factor) if factor != 1 else 0.0 for size, factor in zip((z, y, x), scale, strict=True)]
     grid = OutputGrid((z, y, x), scale, (start[0], start[1], start[2]))
-    return DegradedImage(np.stack(channels), grid, moments)
+    image = np.stack(channels)
+    clip_late(image, configuration)
+    return DegradedImage(image, grid, moments)
 
 
 def is_thick(entry: StoreEntry, configuration: Configuration) -> bool:
@@ -112,6 +114,14 @@ def centre(channel: Any, mean: float, *, masked: bool) -> Any:
     """A channel (array or tensor) minus its mean; where the scheme is masked, zeros are outside and stay zero."""
     centred = channel - float(mean)  # a Python number: the channel keeps its type
     return centred * (channel != 0) if masked else centred
+
+
+def clip_late(image: Any, configuration: Configuration) -> None:
+    """Clip the channels of an image (C, Z, Y, X), array or tensor, that were stored without: where they lie."""
+    for channel, normalization in zip(image, configuration.preprocessing.image_normalization, strict=True):
+        limits = late_limits(normalization)
+        if limits is not None:
+            channel[...] = channel.clip(*limits)
 
 
 def masked_channels(configuration: Configuration) -> tuple[bool, ...]:

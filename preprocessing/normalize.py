@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from autoseg.errors import PlanError, unknown_choice
 from autoseg.image import Triple
-from autoseg.plan import BIAS_CORRECTION, Normalization
+from autoseg.plan import BIAS_CORRECTION, UNCLIPPED, Normalization
 
 Volume = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -61,6 +61,7 @@ def _rescale_units(volume: NDArray[Any], n: Normalization) -> tuple[float, float
 
 UNITS: dict[str, Callable[[NDArray[Any], Normalization], tuple[float, float]]] = {
     "ct": lambda volume, n: (n.mean, _divisor(n.std)),
+    UNCLIPPED: lambda volume, n: (n.mean, _divisor(n.std)),
     "zscore": _zscore_units,
     "none": lambda volume, n: (0.0, 1.0),
     "rescale": _rescale_units,
@@ -71,8 +72,20 @@ UNITS: dict[str, Callable[[NDArray[Any], Normalization], tuple[float, float]]] =
 def _ct(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
     """Clip to the percentiles of the dataset's foreground, then z-score: a CT value means the same in every scan."""
     np.clip(volume, n.lower, n.upper, out=volume)
+    return _ct_unclipped(volume, n, nonzero)
+
+
+def _ct_unclipped(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
+    """The same in units and mean, to be clipped to `late_limits` once thick slices are made of it."""
     volume -= n.mean
     return _divide(volume, n.std)
+
+
+def late_limits(n: Normalization) -> tuple[float, float] | None:
+    """Between what a channel that was normalised without clipping is to be clipped; None where there is no need."""
+    if n.scheme != UNCLIPPED:
+        return None
+    return (n.lower - n.mean) / _divisor(n.std), (n.upper - n.mean) / _divisor(n.std)
 
 
 def _zscore(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volume:
@@ -111,6 +124,7 @@ def _rgb(volume: Volume, n: Normalization, nonzero: Callable[[], Mask]) -> Volum
 
 NORMALIZERS: dict[str, Callable[[Volume, Normalization, Callable[[], Mask]], Volume]] = {
     "ct": _ct,
+    UNCLIPPED: _ct_unclipped,
     "zscore": _zscore,
     "masked_zscore": _masked_zscore,
     "none": _none,

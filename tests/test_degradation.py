@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_training import sr_configuration, store_of
+from tiny_training import TWO_CLASSES, sr_configuration, store_of
 
 from autoseg.acquisition import degrade, offset
+from autoseg.image import Grid, Image
+from autoseg.inference.held_out import held_out_case
 from autoseg.plan import Acquisition, Normalization
 from autoseg.preprocessing import degradation
+from autoseg.preprocessing.case import preprocess_case
 from autoseg.preprocessing.degradation import Moments, degrade_entry, input_moments
-from autoseg.preprocessing.store import StoreEntry
+from autoseg.preprocessing.normalize import normalize
+from autoseg.preprocessing.store import Store, StoreEntry
+from autoseg.training.batches import Samples
 
 SCALE = (3.0, 1.0, 1.0)
 SHAPE = (22, 12, 14)
@@ -35,6 +41,33 @@ def thick(image: np.ndarray) -> np.ndarray:
 
 def moments_of(entry: StoreEntry, scheme: str) -> Moments:
     return input_moments(entry, sr_configuration(scale=SCALE, normalization=Normalization(scheme)), SCALE)
+
+
+CT = Normalization("ct_unclipped", mean=50, std=60, lower=-100, upper=250)
+
+
+def test_thick_ct_is_averaged_before_it_is_clipped(tmp_path: Path) -> None:
+    raw = np.random.default_rng(0).choice([-1000.0, 40.0, 1200.0], (1, 24, 1, 1)).repeat(12, 2).repeat(12, 3)
+    model = Acquisition("rect", (1.0, 1.0))
+    configuration = sr_configuration(scale=(4.0, 1.0, 1.0), normalization=CT, acquisition=model)
+    case = preprocess_case(Image(raw, Grid((24, 12, 12), (2.0, 1.0, 1.0))), None, configuration.preprocessing, None)
+    store = Store(tmp_path)
+    store.write("a", {"image": case.image, "label": np.zeros(case.image.shape, np.int16)}, case.geometry, {})
+    scanned = raw.reshape(6, 4, 12, 12).mean(1)  # what a scanner would have given of it
+    expected = normalize(scanned, replace(CT, scheme="ct"), nonzero=lambda: scanned > 0, spacing=(8.0, 1.0, 1.0))
+    held_out = held_out_case(store.entry("a"), configuration, TWO_CLASSES)
+    np.testing.assert_allclose(held_out.image[0], expected, atol=1e-5)
+    clipped = np.clip(raw, -100, 250)
+    np.testing.assert_allclose(held_out.truth, (clipped - 50) / 60, atol=1e-5)
+    made_of_clipped = (clipped.reshape(6, 4, 12, 12).mean(1) - 50) / 60
+    assert np.abs(made_of_clipped - expected).max() > 1  # standard deviations of the foreground
+
+    samples = Samples(store, ["a"], configuration, TWO_CLASSES, seed=0, augment=False)
+    sample = samples[0, 0]
+    np.testing.assert_allclose(sample.image[0, :, 6, 6], expected[:, 6, 6], atol=1e-5)
+    assert sample.truth is not None
+    np.testing.assert_allclose(sample.truth[0, :, 6, 6], (clipped[0, :, 6, 6] - 50) / 60, atol=1e-5)
+    assert configuration.input_preprocessing.normalization == (replace(CT, scheme="ct"),)
 
 
 def test_moments_are_those_of_the_whole_degraded_image(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from autoseg.experiment_planning.superresolution import (
 from autoseg.image import Grid, Image, write_image
 from autoseg.labels import Labels
 from autoseg.pipeline import _answers, asked_super_resolution
-from autoseg.plan import Acquisition, Budget, Plan
+from autoseg.plan import Acquisition, Budget, Plan, check_plan
 
 TWO = Labels.from_json({"background": 0, "a": 1, "b": 2})
 GB = 10**9
@@ -317,6 +317,17 @@ def test_the_network_is_planned_on_the_input_grid_and_the_store_is_that_of_3d_fu
     assert sr.architecture.image_channels == 1 and sr.architecture.output_channels == 3
     assert sr.training.low_resolution_axes == (1, 2)
     assert sr.training.rotate_out_of_plane, "the fine patch is even"
+
+
+def test_ct_that_is_made_thick_is_stored_unclipped_and_read_clipped(counted):
+    asked = Asked(input_spacing=(4.0, 1.0, 1.0))
+    plan = plan_by_memory(dataset(channels=("CT", "MRI")), configurations=["3d_fullres", "3d_sr"], asked=asked)
+    full, sr = plan.configurations
+    schemes = [
+        [n.scheme for n in s.normalization] for s in (full.preprocessing, sr.preprocessing, sr.input_preprocessing)
+    ]
+    assert schemes == [["ct", "zscore"], ["ct_unclipped", "zscore"], ["ct", "zscore"]]
+    check_plan(plan, where="plan.json")
 
 
 def test_thick_images_in_use_leave_only_networks_that_read_them(counted):

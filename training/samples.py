@@ -18,7 +18,7 @@ from torch import Tensor
 from autoseg.acquisition import degrade, draw_thickness
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Acquisition, Configuration, Shape, Vector
-from autoseg.preprocessing.degradation import centre, input_moments, masked_channels
+from autoseg.preprocessing.degradation import centre, clip_late, input_moments, masked_channels
 from autoseg.preprocessing.framed import FramedEntry
 from autoseg.preprocessing.store import REFERENCE
 from autoseg.training.augment import Augmentation, source_size
@@ -140,6 +140,8 @@ class Degraded:
         channels = zip(image, self.masked, *moments, strict=True)
         truth = torch.stack([centre(c, mean, masked=m) / float(std) for c, m, mean, std in channels])
         low = thick_slices(truth, inside, scale, self.acquisition, random=self.augment)
+        clip_late(low, self.configuration)
+        clip_late(truth, self.configuration)
         if self.augment:
             low = self.augmentation.disturb(low)
         thick = [n * factor for n, factor in zip(self.patch, scale, strict=True)]

@@ -22,7 +22,7 @@ if (_clone / "setup.py").is_file() and (_clone / "experiment_planning").is_dir()
 
 
 def load_model(path: str | Path, *, device: str = "auto") -> Model:
-    """A trained model, ready to predict: an exported folder, `models/CONFIGURATION`, or one fold.
+    """A trained model, ready to predict: an exported folder or zip, `models/CONFIGURATION`, or one fold.
 
     Raises CheckpointError where there is no sound model at `path`.
     """

@@ -32,7 +32,6 @@ from autoseg.workspace import Workspace
 
 DESCRIPTION = "onnx.json"
 ONNX_FORMAT = "autoseg onnx 1"
-OPSET = 20
 IMAGE, LOGITS, SUPER_RESOLVED = "image", "logits", "super_resolved"
 LARGEST_FILE_BYTES = 2**31 - 2**20  # of a protobuf message, which an ONNX file is
 LARGEST_DIFFERENCE = 1e-3  # between the file's answer and the network's, as a share of the largest value

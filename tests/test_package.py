@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from small_models import save_fold, small_plan
 
+import autoseg
 from autoseg.errors import CheckpointError, StorageError
-from autoseg.image import Grid, Image
+from autoseg.image import Grid, Image, write_image
 from autoseg.inference.package import MANIFEST, export_model
 from autoseg.inference.predictor import load_model
 from autoseg.workspace import Workspace
@@ -53,6 +54,21 @@ def test_an_exported_model_predicts_what_its_folds_predict_wherever_it_is_taken(
     model = load_model(elsewhere, "cpu")
     assert model.folds == ("0", "1")
     assert np.array_equal(model.predict(SCAN).array, expected)
+
+
+@pytest.mark.parametrize("name", ["model.zip", "model"])
+def test_python_predicts_a_file_an_image_and_an_array_as_the_readme_says(tmp_path, workspace, name):
+    export_model(workspace, NAME, tmp_path / name)
+    write_image(SCAN, tmp_path / "scan.nii.gz")
+    model = autoseg.load_model(str(tmp_path / name), device="cpu")
+    labels = model.predict(str(tmp_path / "scan.nii.gz"))
+    assert labels.grid == SCAN.grid and len(np.unique(labels.array)) > 1
+    for again in (
+        model.predict(SCAN),
+        model.predict(SCAN.array, SCAN.grid.spacing),
+        model.predict(SCAN.array[0], (1.5, 1, 1)),
+    ):
+        assert np.array_equal(again.array, labels.array)
 
 
 def test_a_cascade_brings_its_first_stage_along(tmp_path):

@@ -251,7 +251,7 @@ class _References:
         for (voxels, scale, start), begin, length in zip(self.grid.axes(), first, size, strict=True):
             outputs = max(1, round(length * scale))
             step = length * scale / outputs
-            places = begin * scale - start + (np.arange(outputs) + 0.5) * step - 0.5
+            places = np.asarray(begin * scale - start + (np.arange(outputs) + 0.5) * step - 0.5, dtype=np.float64)
             side, matrix = interpolation_inside(places, voxels)
             box.append(side)
             weights.append(matrix)

@@ -528,6 +528,20 @@ def test_a_structure_that_the_reference_alone_shows_is_learned_and_found_where_i
     assert min(dice) > (0.7 if label else 0.6), dice
 
 
+@pytest.mark.parametrize("name", ["2d", "2.5d_stack", "2.5d_coronal", "2.5d_stack_sr", "2d_sr", "3d_sr_any"])
+def test_every_topology_trains_and_predicts_beside_a_reference(tmp_path: Path, name: str) -> None:
+    root = reference_dataset(tmp_path / "Dataset001_R", cases=3, image=Grid((24, 20, 18)))
+    asked = Asked(input_spacing=(3.0, 1.0, 1.0)) if "sr" in name else None
+    plan = small(planned(root, name, asked=asked)[0])
+    workspace: Workspace = preprocessed(root, plan, tmp_path / "workspace")
+    fold = train_fold(plan, name, "0", workspace=workspace, steps=2, device="cpu", workers=0)
+    scores = validate_fold(RawDataset.load(root), plan, name, "0", workspace=workspace, device="cpu", pictures=False)
+    assert not scores.failed
+    model = load_model(fold.checkpoint.parent, "cpu")
+    image = coded(replace(THICK, shape=(8, 20, 18), spacing=(3.0, 1.0, 1.0)) if asked else Grid((24, 20, 18)), THIN)
+    assert model.predict(image).shape == (24, 20, 18)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A dataset, and a fold trained on thick slices of it beside its reference; the fusion is opened by force."""

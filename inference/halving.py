@@ -21,6 +21,9 @@ FORK_SHARE = 0.25
 an eighth of a fold; a second fork, at half of a fold, would throw away another quarter of each survivor's fold, as much
 as it saves where every second one is dropped there. So whole folds are the further rungs: nothing of them is lost."""
 LEAST_CASES = 6  # below, even differences that all have one sign happen by chance more often than once in 20 times
+LEARNED_DICE = 0.3
+"""Mean Dice that the best of some forks must have: networks that have learned next to nothing differ beyond noise too,
+but that says nothing of what they become."""
 
 
 def judge(
@@ -36,6 +39,7 @@ def judge(
 ) -> Rung:
     """The rung, decided: a contender is dropped where the interval of its difference from the leader is below zero.
 
+    Not on fewer than LEAST_CASES cases, and not among forks of which the best has less than LEARNED_DICE.
     Contenders are scored on the held-out cases of the rung's folds that all of them have predicted, without mirroring;
     several members as their mean. Those in `keep` are not dropped. `trained_seconds` are by configuration. Raises
     PlanError where there is no such case.
@@ -48,6 +52,7 @@ def judge(
     }
     table = score_candidates(cases, list(answers.values()), plan.labels, workers=workers)
     leader = max(answers, key=lambda name: table.mean(answers[name]))
+    learned = not rung.forks or table.mean(answers[leader]) >= LEARNED_DICE
     standings = []
     for contender in contenders:
         name = contender.name
@@ -59,7 +64,7 @@ def judge(
                 difference=gain,
                 low=low,
                 high=high,
-                dropped=high < 0 and len(cases) >= LEAST_CASES and name not in keep,
+                dropped=high < 0 and learned and len(cases) >= LEAST_CASES and name not in keep,
                 trained_seconds=round(total_seconds(contender, trained_seconds), 1),
             )
         )

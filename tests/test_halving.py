@@ -12,7 +12,7 @@ from test_selection import CASES, Trained, wrong_in
 
 from autoseg.contest import Contest, Task
 from autoseg.errors import PlanError
-from autoseg.inference.halving import LEAST_CASES, judge
+from autoseg.inference.halving import LEARNED_DICE, LEAST_CASES, judge
 from autoseg.inference.rungs import Contender, Length, Rung, find_contenders, find_views, read_rung
 from autoseg.inference.selection import interval
 from autoseg.training.folds import Fold
@@ -54,6 +54,16 @@ def test_a_handful_of_cases_drops_nobody(tmp_path):
     trained.dataset = few
     rung = judged(trained, "0")
     assert rung.cases == LEAST_CASES - 1 and rung.dropped == frozenset()
+
+
+def test_forks_that_have_learned_nothing_drop_nobody_but_whole_folds_do(tmp_path):
+    makes = {"hopeless": {"plain": wrong_in(0.9, seed=1)}, "worse": {"plain": wrong_in(0.97, seed=3)}}
+    trained = Trained(tmp_path, makes)
+    options = {"dataset": trained.dataset, "plan": trained.plan, "workspace": trained.workspace, "trained_seconds": {}}
+    whole = rung_of(trained, "0")
+    forks = judge(replace(whole, share=0.25), find_contenders(trained.plan), **options)
+    assert forks.standings[1].high < 0 and forks.standings[0].dice < LEARNED_DICE and not forks.dropped
+    assert judge(whole, find_contenders(trained.plan), **options).dropped == {"worse"}
 
 
 def test_views_are_judged_by_their_mean_and_live_and_die_together(tmp_path):

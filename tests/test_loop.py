@@ -188,6 +188,20 @@ def test_a_resumed_training_is_bit_identical_to_an_undisturbed_one(
     assert same_weights(workspace, twin)
 
 
+def test_two_trainings_are_the_same_to_the_byte_whatever_prepares_the_patches(
+    plan: Plan, workspace: Workspace, twin: Workspace
+) -> None:
+    train(plan, workspace, workers=1, clock=Clock(1.0))
+    train(plan, twin, workers=2, clock=Clock(1.0))
+    for file in (RESUME, HISTORY):
+        first, second = ((place.fold(NAME, "0") / file).read_bytes() for place in (workspace, twin))
+        assert first == second, file
+    assert same_weights(workspace, twin)  # their file also says what memory the training took
+    train(plan, twin, fold="1", workers=0, seed=1)
+    train(plan, workspace, fold="1", workers=0)
+    assert not identical(saved(workspace, "1")[0], saved(twin, "1")[0])
+
+
 def columns(workspace: Workspace) -> list[tuple[float, ...]]:
     history = History(workspace.fold(NAME, "0") / HISTORY, TWO_CLASSES.names)
     history.load(until_step=10**6)

@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 COLOURS = 7  # --c0 to --c6 of the page's style
 MOST_DOTS = 240  # of a row; of more values evenly spread ones are drawn
@@ -16,6 +17,8 @@ LINE_SIZE = (520, 280)
 ROW_WIDTH, ROW_HEIGHT = 760, 26
 NAME_WIDTH, NOTE_WIDTH = 170, 170  # of a row chart's columns of text
 NAME_LETTERS = 26
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ def _jitter(index: int) -> float:
     return ((index * 7) % 11 - 5) * 1.1
 
 
-def _thinned(values: Sequence, most: int) -> list:  # type: ignore[type-arg]
+def _thinned(values: Sequence[Value], most: int) -> list[Value]:
     """At most so many of them, evenly spread, with the first and the last."""
     if len(values) <= most:
         return list(values)

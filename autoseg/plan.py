@@ -45,9 +45,6 @@ HIGHEST_ORDER = 5  # of the splines that scipy has
 # no network that trains anywhere comes near these; beyond them building one takes for ever
 MOST_STAGES, MOST_CONVOLUTIONS, MOST_FEATURES, LARGEST_KERNEL = 32, 64, 2**14, 31
 SPACINGS = (1e-6, 1e6)  # mm; from microscopes to more than a patient
-# no network that trains anywhere comes near these; beyond them building one takes for ever
-MOST_STAGES, MOST_CONVOLUTIONS, MOST_FEATURES, LARGEST_KERNEL = 32, 64, 2**14, 31
-SPACINGS = (1e-6, 1e6)  # mm; from microscopes to more than a patient
 SPARSE = {"sparse": True}  # of a field that is not written where it has its default: plans without it keep their id
 
 

@@ -441,7 +441,8 @@ def _training(found: Findings) -> str:
 def _cost(found: Findings) -> str:
     if not found.trained:
         return ""
-    rows, hours = [], {}
+    rows: list[tuple[object, ...]] = []
+    hours: dict[str, float] = {}
     for name, folds in found.trained.items():
         forecast = found.plan.forecasts.get(name)
         for fold in folds:

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import socket
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,9 @@ class RayExecutor:
 
         where = _checked(address) if address else None
         try:
-            ray.init(where, log_to_driver=False, include_dashboard=None if where else False, logging_level="error")
+            ray.init(
+                where, log_to_driver=False, include_dashboard=None if where else False, logging_level=logging.ERROR
+            )
         except (RuntimeError, ConnectionError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise PlanError(
@@ -329,9 +332,13 @@ class Known:
 
 def listed(patterns: Sequence[str]) -> list[Known]:
     """The whole files that match, the last written last: what says that others are complete is written after them."""
-    paths = {Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True, include_hidden=True)}
-    files = {path: path.stat() for path in paths if PARTIAL not in path.name and path.is_file()}
-    return sorted((Known(p, s.st_size, s.st_mtime_ns) for p, s in files.items()), key=lambda k: (k.time_ns, k.path))
+    found = []
+    for path in {Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)}:
+        with contextlib.suppress(FileNotFoundError):  # another task has just removed it
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode) and PARTIAL not in path.name:
+                found.append(Known(path, status.st_size, status.st_mtime_ns))
+    return sorted(found, key=lambda known: (known.time_ns, known.path))
 
 
 class Shelf:

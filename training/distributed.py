@@ -62,7 +62,10 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same in each; its gradient reaches the values of every process."""
-        return values if self.size == 1 else _Sum.apply(values)
+        if self.size == 1:
+            return values
+        total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+        return total
 
     @torch.no_grad()
     def mean(self, values: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ class World:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         _exchange(dist.all_reduce, flat)
-        parts = (flat / self.size).split([gradient.numel() for gradient in gradients])
+        parts = torch.split(flat / self.size, [gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 

@@ -837,6 +837,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where to write everything.", metavar="[FOLDER]")] = Path(
         "autoseg_demo"
     ),
+    time: Annotated[str, typer.Option("--time", metavar="TIME", help="Train this long.")] = "60s",
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
@@ -849,12 +850,15 @@ def demo(
       autoseg demo
     """
     from autoseg.demo import run_demo
+    from autoseg.units import parse_seconds
 
     screen = SCREEN.get()
+    seconds = parse_seconds(time, option="--time")
     with screen.training("training") as bar:
         outcome = run_demo(
             folder,
             workspace=workspace,
+            seconds=seconds,
             device=device,
             workers=_cores(None),
             on_part=lambda part: screen.note(f"{part} ..."),

@@ -384,6 +384,17 @@ def test_an_exported_model_predicts_what_the_fold_does(copy: Path, tmp_path: Pat
     autoseg("predict", scan, tmp_path / "c.nii.gz", "--model", tmp_path / "cut.zip").refused("cut.zip", "zip")
 
 
+def test_onnx_files_are_exported_to_a_folder_that_says_how_they_are_used(copy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    common = ("--onnx", "--licence", "CC0", "--workspace", copy / "ws")
+    autoseg("export", copy / NAME, tmp_path / "model.zip", *common).refused("model.zip", "written to a folder")
+    answer = autoseg("export", copy / NAME, tmp_path / "files", *common)
+    assert answer.status == 0 and answer.out.split() == [str(tmp_path / "files")]
+    assert json.loads((tmp_path / "files" / "onnx.json").read_text())["licence"] == "CC0"
+    assert (tmp_path / "files" / "3d_fullres_fold_0.onnx").is_file()
+
+
 @pytest.mark.parametrize("command", ["verify", "explain"])
 def test_a_device_that_cannot_be_is_refused_even_where_nothing_is_computed(
     tiny_dataset: Callable[..., Path], command: str

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import memory_by_formula
+from typer.testing import CliRunner
 
+import autoseg.demo as demo
+from autoseg.cli import app
 from autoseg.dataset import RawDataset, read_case
 from autoseg.demo import LABELS, run_demo, synthetic_case, write_synthetic_dataset
 from autoseg.errors import StorageError
+from autoseg.experiment_planning.planner import Planner
 from autoseg.experiment_planning.verify import verify_dataset
 from autoseg.geometry import canonical_axes, orientation_code, turn_array, turn_grid
 from autoseg.image import Image, read_image
@@ -126,3 +134,25 @@ def test_the_body_has_no_landmark_that_tells_left_from_right(dataset):
         glands = [np.argwhere(label.array[0] == LABELS[name])[:, 2].mean() for name in ("gland_left", "gland_right")]
         sides.append(np.argwhere(organ)[:, 2].mean() / np.mean(glands) - 1)
     assert abs(np.mean(sides)) < 0.1
+
+
+@pytest.mark.slow
+def test_the_command_tells_the_whole_story(tmp_path, monkeypatch):
+    smaller = functools.partial(write_synthetic_dataset, cases=6, test_cases=1, shape=SHAPE)
+    monkeypatch.setattr(demo, "write_synthetic_dataset", smaller)
+    monkeypatch.setattr(Planner, "measure", memory_by_formula)
+    told = CliRunner().invoke(app, ["demo", str(tmp_path / "demo"), "--time", "2s", "--device", "cpu"])
+    assert told.exit_code == 0, told.output
+    assert "mean Dice" in told.stdout and all(name in told.stdout for name in tuple(LABELS)[1:])
+    root = tmp_path / "demo"
+    (case,) = RawDataset.load(root / demo.NAME).test_cases
+    predicted = read_image(root / "predictions" / f"{case.identifier}.nii.gz")
+    assert predicted.grid.shape == read_image(case.label).grid.shape
+    pictures = [line.split()[-1] for line in told.stdout.splitlines() if line.startswith("picture")]
+    assert pictures and all(Path(path).read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_a_time_that_is_none_is_refused(tmp_path):
+    told = CliRunner().invoke(app, ["demo", str(tmp_path / "demo"), "--time", "soon"])
+    assert told.exit_code == 2 and "--time soon: a duration is a number with a unit" in told.stderr
+    assert not list(tmp_path.iterdir())

@@ -11,18 +11,21 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_training import NAME, TWO_CLASSES, preprocessed, tiny_plan
 from typer.testing import CliRunner
 
+import autoseg.experiment as experiment
 import autoseg.extras as extras
+from autoseg.agenda import commands
 from autoseg.cli import app
 from autoseg.errors import PlanError, StorageError
 from autoseg.training.history import History, Row
 from autoseg.training.loggers import LOGGERS, LoggedTraining, Logs, asked_logs, open_loggers
-from autoseg.training.loop import train_fold
+from autoseg.training.loop import TrainedFold, train_fold
 from autoseg.workspace import HISTORY, Workspace
 
 # MLflow's and TensorBoard's own: what they use is deprecated, and MLflow leaves its database to the garbage collector
@@ -246,6 +249,23 @@ def test_unknown_logs_and_missing_packages_are_one_sentence(monkeypatch: pytest.
 def test_the_commands_refuse_an_unknown_log_before_any_work(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--log", "nowhere"], prog_name="autoseg")
     assert result.exit_code == 2 and "Log 'nowhere' is not known; choose one of mlflow, tensorboard" in result.stderr
+
+
+def test_a_run_hands_its_logs_on_to_every_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Logs] = []
+
+    def train(*fold: Any, logs: Logs, **options: Any) -> TrainedFold:
+        handed.append(logs)
+        return TrainedFold(tmp_path, 0, 0.0, finished=False)
+
+    monkeypatch.setattr(experiment, "train", train)
+    tiny_plan().save(Workspace(tmp_path).plan)
+    logs = Logs(("mlflow",), "http://localhost:5000")
+    experiment.run_job(experiment.Job(tmp_path, tmp_path, NAME, "0", steps=1, logs=logs))
+    assert handed == [logs]
+    nothing: Any = SimpleNamespace(steps=None, contenders=(), plan=SimpleNamespace(configurations=()), names=())
+    printed = commands(nothing, tmp_path, None, device="auto", seed=0, logs=logs)
+    assert printed[-1] == f"autoseg run {tmp_path} --log mlflow --mlflow-uri http://localhost:5000"
 
 
 def test_without_the_option_neither_package_is_imported() -> None:

@@ -39,11 +39,14 @@ class Work:
 
 
 def fold_seconds(left: float, works: Sequence[Work]) -> float:
-    """How long a whole fold may train so that all `works` end when `left` seconds are over; below 0: they cannot."""
+    """How long a whole fold may train so that all `works` end when `left` seconds are over; below 0: they cannot.
+
+    Infinite where all of them have their budget already.
+    """
     known = sum(work.chance * (work.beside + (work.left or 0.0)) for work in works)
     credit = sum(work.chance * work.credit for work in works if work.left is None)
     shares = sum(work.chance * work.share for work in works if work.left is None)
-    return (left - known + credit) / shares if shares else 0.0
+    return (left - known + credit) / shares if shares else math.inf
 
 
 @dataclass

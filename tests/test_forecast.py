@@ -188,6 +188,10 @@ def test_a_run_that_is_started_again_counts_what_was_trained_before(tmp_path, mo
     assert simulation.trained[Task("c0", "4")] == pytest.approx(simulation.trained[Task("c0", "0")], rel=0.25)
 
 
+def test_where_every_fold_has_its_budget_nothing_is_said_to_be_too_short():
+    assert fold_seconds(-5.0, [Work(left=10.0, beside=3.0)]) == math.inf
+
+
 def test_a_time_that_is_too_short_is_told(tmp_path, monkeypatch, caplog):
     simulation = Simulation(tmp_path, plan_of(1), starting=5.0, predicting=100.0)
     simulation.run(monkeypatch, 200.0)

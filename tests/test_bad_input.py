@@ -250,7 +250,9 @@ def test_a_disk_that_fills_up_while_preprocessing(disk, leaving, workers):
     whole = content_of(store)
     shutil.rmtree(store)
     disk.fill(leaving=leaving)
-    preprocess(disk.folder, workers=workers).refused("the disk is full; free some space or choose another --workspace")
+    preprocess(disk.folder, workers=workers).refused(
+        f"error: {disk.folder / 'ws'}", "the disk is full; free some space"
+    )
     assert not leftovers(disk.folder)
     disk.make_room()
     assert preprocess(disk.folder).status == 0

@@ -186,6 +186,7 @@ run(root, workspace=Path(sys.argv[2]), device="cpu", on_part=lambda part: print(
 """
 
 
+@pytest.mark.timeout(900)  # many starts, on a machine that may be busy
 def test_hard_kills_lose_nothing_and_change_nothing(contested, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED.format(tests=str(ROOT / "tests")), str(contested), str(tmp_path / "ws")]
@@ -272,6 +273,43 @@ def test_who_is_not_beaten_is_trained_to_the_end(contested, tmp_path, monkeypatc
     found = weights(outcome.workspace)
     folds = [f"{name}/fold_{fold}" for name in ("2d", NAME) for fold in "01"]
     assert [int(found[f"{fold}/now/step"]) for fold in folds] == [8] * 4
+
+
+class Killed(BaseException):
+    """In the place of a kill."""
+
+
+@pytest.mark.timeout(900)  # many starts, on a machine that may be busy
+def test_a_run_that_ends_before_any_of_its_writes_goes_on_to_the_same_end(contested, tmp_path, monkeypatch):
+    straight = Workspace.of(contested, tmp_path / "straight")
+    two_folds(contested, tmp_path / "straight")
+    expected = weights(run(contested, workspace=tmp_path / "straight", device="cpu").workspace)
+    random, left, kills = np.random.default_rng(0), [0], 0
+    replace_file = os.replace
+
+    def write(source: Path, target: Path) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", write)
+    for _ in range(100):
+        left[0] = int(random.integers(2, 60))
+        try:
+            outcome = run(contested, workspace=tmp_path / "ws", device="cpu")
+            break
+        except Killed:
+            kills += 1
+    assert kills > 3 and outcome.finished
+    found = weights(outcome.workspace)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    chosen, rungs = (
+        [getattr(Selection.load(place.selection), part) for place in (straight, outcome.workspace)]
+        for part in ("chosen", "rungs")
+    )
+    assert chosen[0] == chosen[1] and [rung.dropped for rung in rungs[0]] == [rung.dropped for rung in rungs[1]]
 
 
 def test_the_time_is_divided_over_the_folds_that_are_left(dataset, tmp_path):

@@ -299,3 +299,11 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in 20 seconds"
         time.sleep(0.05)
+
+
+def test_processes_are_ended_when_it_is_time_to_stop(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    results = map_cases(
+        time.sleep, [60.0, 60.0], workers=2, names=["a", "b"], stop=lambda: time.monotonic() > begun + 1
+    )
+    assert list(results) == [] and time.monotonic() - begun < 40

@@ -6,6 +6,14 @@ from setuptools import setup
 
 STAGES = ("experiment_planning", "preprocessing", "training", "inference")
 
+# what one option needs and nothing else does; the tests need all of it
+OPTIONAL = {
+    "mlflow": ["alembic>=1.13", "mlflow-skinny>=3.13", "sqlalchemy>=2.0"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torch>=2.13"],
+    "ray": ["ray>=2.40"],
+    "tensorboard": ["tensorboard>=2.16"],
+}
+
 setup(
     name="autoseg",
     version="0.1.0",
@@ -35,13 +43,15 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        "test": ["hypothesis>=6", "pytest>=8", "pytest-timeout>=2"],
+        **OPTIONAL,
+        "test": [
+            "hypothesis>=6",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            *(name for names in OPTIONAL.values() for name in names),
+        ],
         "benchmarks": ["psutil>=5.9"],
         "dev": ["mypy>=1.10", "ruff>=0.6"],
-        "mlflow": ["alembic>=1.13", "mlflow-skinny>=3.13", "sqlalchemy>=2.0"],
-        "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torch>=2.13"],
-        "ray": ["ray>=2.40"],
-        "tensorboard": ["tensorboard>=2.16"],
     },
     entry_points={"console_scripts": ["autoseg=autoseg.cli:main"]},
 )

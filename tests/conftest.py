@@ -88,8 +88,8 @@ def tiny_label(shape: tuple[int, int, int], random: np.random.Generator) -> np.n
     return label
 
 
-def memory_by_formula(planner: object, architecture: Architecture, batch: int, patch: Shape) -> MemoryEstimate:
-    """In the place of `Planner.measure`: about what a step on fake tensors would say, at once."""
+def memory_by_formula(sizer: object, architecture: Architecture, batch: int, patch: Shape) -> MemoryEstimate:
+    """In the place of `Sizer.measure`: about what a step on fake tensors would say, at once."""
     from autoseg.experiment_planning.memory import MemoryEstimate
 
     persistent, fine = 10**8, math.prod(patch) * math.prod(architecture.head_scale)

@@ -15,7 +15,7 @@ from autoseg.cli import app
 from autoseg.dataset import RawDataset, read_case
 from autoseg.demo import LABELS, run_demo, synthetic_case, write_synthetic_dataset
 from autoseg.errors import StorageError
-from autoseg.experiment_planning.planner import Planner
+from autoseg.experiment_planning.sizing import Sizer
 from autoseg.experiment_planning.verify import verify_dataset
 from autoseg.geometry import canonical_axes, orientation_code, turn_array, turn_grid
 from autoseg.image import Image, read_image
@@ -140,7 +140,7 @@ def test_the_body_has_no_landmark_that_tells_left_from_right(dataset):
 def test_the_command_tells_the_whole_story(tmp_path, monkeypatch):
     smaller = functools.partial(write_synthetic_dataset, cases=6, test_cases=1, shape=SHAPE)
     monkeypatch.setattr(demo, "write_synthetic_dataset", smaller)
-    monkeypatch.setattr(Planner, "measure", memory_by_formula)
+    monkeypatch.setattr(Sizer, "measure", memory_by_formula)
     told = CliRunner().invoke(app, ["demo", str(tmp_path / "demo"), "--time", "2s", "--device", "cpu"])
     assert told.exit_code == 0, told.output
     assert "mean Dice" in told.stdout and all(name in told.stdout for name in tuple(LABELS)[1:])

@@ -15,7 +15,8 @@ from autoseg.experiment_planning.fingerprint import IntensityStatistics, Mirrore
 from autoseg.experiment_planning.grid import target_spacing
 from autoseg.experiment_planning.machine import CPU_FOLD_SECONDS, GPU_FOLD_STEPS, MEMORY_SHARE
 from autoseg.experiment_planning.notes import Notes
-from autoseg.experiment_planning.planner import TARGET_STEPS, Planner, plan_experiment
+from autoseg.experiment_planning.planner import plan_experiment
+from autoseg.experiment_planning.sizing import TARGET_STEPS, Sizer
 from autoseg.experiment_planning.timing import Speed, probe_speed
 from autoseg.labels import Labels
 from autoseg.plan import Architecture, Budget, Plan, TrainingSettings, check_plan
@@ -53,7 +54,7 @@ def plan_by_memory(fingerprint, gigabytes=8.0, **options):
 @pytest.fixture
 def counted(monkeypatch):
     """Memory by a formula and not by a step on fake tensors, which takes a second: for rules that do not hang on it."""
-    monkeypatch.setattr(Planner, "measure", memory_by_formula)
+    monkeypatch.setattr(Sizer, "measure", memory_by_formula)
 
 
 def named(plan: Plan, *names: str):
@@ -138,7 +139,7 @@ def test_where_nothing_fits_one_sentence_says_what_is_needed():
 )
 def test_any_dataset_gets_a_plan_that_loads_and_fits(tmp_path_factory, shape, spacing, cases):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Planner, "measure", memory_by_formula)
+        patch.setattr(Sizer, "measure", memory_by_formula)
         plan = plan_by_memory(dataset(shape, spacing, cases=cases), 1)
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     plan.save(path)

@@ -24,7 +24,8 @@ from autoseg.checkpoint import Checkpoint
 from autoseg.dataset import RawDataset, read_case
 from autoseg.errors import DatasetError, PlanError, PredictionError
 from autoseg.experiment_planning.fingerprint import Fingerprint, extract_fingerprint, uniform_fingerprint
-from autoseg.experiment_planning.planner import Planner, plan_experiment
+from autoseg.experiment_planning.planner import plan_experiment
+from autoseg.experiment_planning.sizing import Sizer
 from autoseg.experiment_planning.superresolution import Asked
 from autoseg.experiment_planning.verify import fix_dataset, verify_dataset
 from autoseg.geometry import resample_grid
@@ -381,7 +382,7 @@ def planned(root: Path, *configurations: str, asked: Asked | None = None) -> tup
     fingerprint = extract_fingerprint(RawDataset.load(root), workers=1)
     budget = Budget(4 * 10**8, 60.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Planner, "measure", memory_by_formula)
+        patch.setattr(Sizer, "measure", memory_by_formula)
         plan = plan_experiment(fingerprint, budget, configurations=configurations or None, asked=asked, probe=False)
     return Plan.from_json(json.loads(json.dumps(to_json(plan))), where="plan.json"), fingerprint
 
@@ -446,7 +447,7 @@ def test_what_cannot_have_a_reference_is_refused(
 
 
 def test_a_volume_too_big_for_a_patch_gets_no_cascade_beside_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Planner, "measure", memory_by_formula)
+    monkeypatch.setattr(Sizer, "measure", memory_by_formula)
     alone = uniform_fingerprint(
         "Dataset001_R",
         shape=(300, 400, 400),

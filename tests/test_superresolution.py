@@ -21,7 +21,8 @@ from autoseg.experiment_planning.explain import explain
 from autoseg.experiment_planning.fingerprint import Fingerprint, extract_fingerprint, uniform_fingerprint
 from autoseg.experiment_planning.grid import plan_grid
 from autoseg.experiment_planning.notes import Notes
-from autoseg.experiment_planning.planner import Planner, first_stores, plan_experiment
+from autoseg.experiment_planning.planner import first_stores, plan_experiment
+from autoseg.experiment_planning.sizing import Sizer
 from autoseg.experiment_planning.superresolution import (
     Asked,
     Ceiling,
@@ -58,7 +59,7 @@ def one_thread():
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch):
     """Memory by a formula and not by a step on fake tensors, which takes a second: for rules that do not hang on it."""
-    monkeypatch.setattr(Planner, "measure", memory_by_formula)
+    monkeypatch.setattr(Sizer, "measure", memory_by_formula)
 
 
 def dataset(shape=(36, 50, 35), spacing=(1.0, 1.0, 1.0), *, cases=50, channels=("MRI",)) -> Fingerprint:
@@ -380,7 +381,7 @@ def test_any_scale_of_any_dataset_gets_plans_that_load(tmp_path_factory, shape, 
     asked = Asked(scale=tuple(scale if a == axis else 1.0 for a in range(3)), output_spacing=spacing, task=task)
     names = ["3d_sr", "3d_sr_any", "2d_sr", "2.5d_stack_sr"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Planner, "measure", memory_by_formula)
+        patch.setattr(Sizer, "measure", memory_by_formula)
         plan = plan_by_memory(dataset(shape, spacing), asked=asked, configurations=names)
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     plan.save(path)

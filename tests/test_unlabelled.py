@@ -21,7 +21,8 @@ from autoseg.cli import app
 from autoseg.dataset import RawDataset, list_cases
 from autoseg.errors import DatasetError, PlanError, PredictionError
 from autoseg.experiment_planning.fingerprint import Fingerprint, extract_fingerprint, uniform_fingerprint
-from autoseg.experiment_planning.planner import Planner, plan_experiment
+from autoseg.experiment_planning.planner import plan_experiment
+from autoseg.experiment_planning.sizing import Sizer
 from autoseg.experiment_planning.superresolution import Asked
 from autoseg.experiment_planning.verify import fix_dataset, verify_dataset
 from autoseg.image import Grid, Image, read_image, write_image
@@ -59,7 +60,7 @@ def images_alone(tiny_dataset: Make) -> Make:
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory by a formula and not by a step on fake tensors, which takes a second."""
-    monkeypatch.setattr(Planner, "measure", memory_by_formula)
+    monkeypatch.setattr(Sizer, "measure", memory_by_formula)
 
 
 def describe(root: Path, **changes: Any) -> None:

@@ -165,9 +165,10 @@ def _plan(
     from autoseg.experiment_planning.draft import draft_plan
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
     from autoseg.experiment_planning.folds import plan_folds
+    from autoseg.experiment_planning.label_ceiling import label_ceiling
     from autoseg.experiment_planning.notes import Notes
     from autoseg.experiment_planning.planner import first_stores, plan_experiment
-    from autoseg.experiment_planning.superresolution import Asked, label_ceiling
+    from autoseg.experiment_planning.superresolution import Asked
     from autoseg.training.folds import write_folds
 
     fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from autoseg.acquisition import slice_weights
 from autoseg.dataset import RawDataset, read_case
-from autoseg.experiment_planning.superresolution import coarse_label
+from autoseg.experiment_planning.label_ceiling import coarse_label
 from autoseg.geometry import crop_grid, resample_grid
 from autoseg.image import Grid, Image, write_image
 from autoseg.metrics import dice, score_images

@@ -68,8 +68,8 @@ def plan_experiment(
 
     A budget of 0 bytes or 0 seconds means the default; device `auto` the best one that is there. `configurations`
     overrides the choice of the rules, `asked` the grids of super-resolution; `ceiling` measures what labels lose on a
-    coarser grid (`superresolution.label_ceiling`), where a rule wants to know. Without `probe` no training step is run:
-    nothing is shaped by time.
+    coarser grid (`label_ceiling`), where a rule wants to know. Without `probe` no training step is run: nothing is
+    shaped by time.
 
     Raises PlanError where a configuration is unknown or does not suit the images, or nothing fits the memory.
     """

@@ -1,32 +1,23 @@
 """A fingerprint, a grid and what the user asked -> whether super-resolution is planned, from what truth, at what scale.
 
 Scales and spacings are along the network axes, coarsest first, but for what the user writes: that follows the axes of
-the raw files' arrays, (z, y, x). Only `label_ceiling` reads files: the labels of a few cases.
+the raw files' arrays, (z, y, x). No file is read; what labels lose on a coarser grid is measured in `label_ceiling`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autoseg.acquisition import offset, slice_weights, slices
-from autoseg.dataset import Case, RawDataset, read_label
 from autoseg.errors import PlanError, unknown_choice
-from autoseg.executor import map_cases
 from autoseg.experiment_planning.fingerprint import Fingerprint
 from autoseg.experiment_planning.grid import GridRules
 from autoseg.experiment_planning.notes import Notes, sizes
-from autoseg.geometry import canonical_axes, turn_array
-from autoseg.labels import Labels
-from autoseg.metrics import dice
 from autoseg.plan import LARGEST_SCALE, UNCLIPPED, Acquisition, PreprocessingSettings, Vector, to_json
 from autoseg.preprocessing.degradation import INTERPOLATED
 
@@ -45,14 +36,13 @@ TWICE = 2.0  # a case so many times as fine as the target domain can show what i
 FINE_CASES, FINE_SHARE = 10, 0.2  # such cases that a training needs: so many, and this share of all
 SPREAD = 0.10  # of the slice spacing between cases, relative to the median, beyond which one scale is too few
 THICKNESS_UNKNOWN = (0.5, 1.1)  # of the spacing: from which the slice thickness is drawn where nothing is known of it
-CEILING_CASES = 20  # whose labels are brought down and up again: seconds, and close to the mean over all
 
 CT = re.compile(r"(?<![a-z])ct(?![a-z])")
 MRI = re.compile(r"mri|flair|(?<![a-z])(?:mr(?![a-z])|t[12](?!\d)|pdw?(?![a-z])|adc|dwi|swi)")
 WORLD_AXIS = {"S": 0, "I": 0, "P": 1, "A": 1, "L": 2, "R": 2}  # letter of an orientation -> canonical axis
 
 Ceiling = Callable[[Vector], float]
-"""C(s): what `label_ceiling` says of a scale along the canonical axes."""
+"""C(s): what `label_ceiling.label_ceiling` says of a scale along the canonical axes."""
 
 
 @dataclass(frozen=True)
@@ -557,87 +547,3 @@ def _vector(values: Sequence[float]) -> Vector:
 
 def _text(values: Sequence[float]) -> str:
     return ",".join(f"{v:g}" for v in values)
-
-
-# --- C(s) ---------------------------------------------------------------------------------------------------------
-
-
-def label_ceiling(
-    dataset: RawDataset, scale: Vector, *, workers: int, drop_cases: Collection[str] = (), profile: str = "gauss"
-) -> float:
-    """C(s): mean Dice of training labels against themselves, brought down to a grid coarser by `scale` and up again.
-
-    `scale` is along the canonical axes. Down goes the share of each value in each thick slice and the largest wins; up
-    the nearest slice. It is what a perfect answer on the coarse grid would score. At most 20 cases, evenly spaced.
-    Raises what reading a label raises; nan where no case has a structure.
-    """
-    cases = [case for case in dataset.cases if case.identifier not in set(drop_cases)]
-    cases = [cases[round(i)] for i in np.linspace(0, len(cases) - 1, min(CEILING_CASES, len(cases)))]
-    measure = functools.partial(_case_ceiling, dataset=dataset, scale=scale, acquisition=Acquisition(profile))
-    found: list[float] = []
-    for _, result in map_cases(measure, cases, workers=workers, names=[case.identifier for case in cases]):
-        if isinstance(result, Exception):
-            raise result
-        found += result
-    return sum(found) / len(found) if found else math.nan
-
-
-def _case_ceiling(case: Case, *, dataset: RawDataset, scale: Vector, acquisition: Acquisition) -> list[float]:
-    """The Dice of each structure that a case shows."""
-    label = read_label(case, None, dataset, [])
-    permutation, flips = canonical_axes(label.grid.direction)
-    array = turn_array(label.array, permutation, flips)[0]
-    if any(size < s for size, s in zip(array.shape, scale, strict=True)):
-        return []
-    fine, restored = down_and_up(array, scale, acquisition)
-    return structure_dice(restored, fine, dataset.labels)
-
-
-def down_and_up(
-    label: NDArray[np.integer[Any]], scale: Vector, acquisition: Acquisition
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The part of a label (Z, Y, X) that the thick slices cover, and what is left of it after going down and up."""
-    coarse = coarse_label(label, scale, acquisition)
-    inside, nearest = [], []
-    for size, s in zip(label.shape, scale, strict=True):
-        begin = offset(size, s)
-        voxels = np.arange(math.ceil(begin - 1e-6), math.floor(begin + slices(size, s) * s + 1e-6))
-        inside.append(voxels)
-        nearest.append(np.clip(((voxels + 0.5 - begin) / s).astype(int), 0, slices(size, s) - 1))
-    return label[np.ix_(*inside)], coarse[np.ix_(*nearest)]
-
-
-def coarse_label(label: NDArray[np.integer[Any]], scale: Vector, acquisition: Acquisition) -> NDArray[Any]:
-    """A label (Z, Y, X) on a grid coarser by `scale`: the value with the largest share, background in a tie."""
-    from scipy import ndimage
-
-    weights = [None if s == 1 else slice_weights(n, s, acquisition) for n, s in zip(label.shape, scale, strict=True)]
-    shape = tuple(n if w is None else len(w) for n, w in zip(label.shape, weights, strict=True))
-    background, winner = np.ones(shape, np.float32), np.zeros(shape, label.dtype)
-    largest = np.zeros(shape, np.float32)
-    for value, box in enumerate(ndimage.find_objects(label.astype(np.int32)), start=1):
-        if box is None:
-            continue
-        share, where = (label[box] == value).astype(np.float32), []
-        for axis, (matrix, side) in enumerate(zip(weights, box, strict=True)):
-            if matrix is None:
-                where.append(side)
-                continue
-            reached = matrix[:, side]
-            rows = np.flatnonzero(reached.any(axis=1))
-            rows = np.arange(rows[0], rows[-1] + 1) if len(rows) else rows
-            share = np.moveaxis(np.tensordot(reached[rows], share, axes=(1, axis)), 0, axis)
-            where.append(slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) else slice(0, 0))
-        part = tuple(where)
-        background[part] -= share
-        more = share > largest[part] + 1e-5
-        largest[part] = np.where(more, share, largest[part])
-        winner[part] = np.where(more, value, winner[part])
-    winner[background >= largest - 1e-5] = 0
-    return winner
-
-
-def structure_dice(prediction: NDArray[Any], reference: NDArray[Any], labels: Labels) -> list[float]:
-    """Dice of each structure that the reference shows."""
-    found = [dice(labels.mask(prediction, name), labels.mask(reference, name)) for name in labels.names]
-    return [score for score in found if not math.isnan(score)]

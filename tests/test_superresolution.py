@@ -20,6 +20,7 @@ from autoseg.errors import PlanError
 from autoseg.experiment_planning.explain import explain
 from autoseg.experiment_planning.fingerprint import Fingerprint, extract_fingerprint, uniform_fingerprint
 from autoseg.experiment_planning.grid import plan_grid
+from autoseg.experiment_planning.label_ceiling import coarse_label, down_and_up, label_ceiling, structure_dice
 from autoseg.experiment_planning.notes import Notes
 from autoseg.experiment_planning.planner import first_stores, plan_experiment
 from autoseg.experiment_planning.sizing import Sizer
@@ -29,12 +30,8 @@ from autoseg.experiment_planning.superresolution import (
     SuperResolution,
     choose_acquisition,
     choose_super_resolution,
-    coarse_label,
-    down_and_up,
     expected_spacing,
-    label_ceiling,
     snap,
-    structure_dice,
     to_canonical,
 )
 from autoseg.image import Grid, Image, write_image
@@ -595,7 +592,7 @@ def test_at_most_twenty_cases_are_read(tiny_dataset: Callable[..., Path], monkey
         read.extend(names)
         return iter([(0, [0.5])])
 
-    monkeypatch.setattr("autoseg.experiment_planning.superresolution.map_cases", count)
+    monkeypatch.setattr("autoseg.experiment_planning.label_ceiling.map_cases", count)
     assert label_ceiling(many, (2.0, 1.0, 1.0), workers=1) == 0.5
     assert len(read) == 20
 

@@ -26,7 +26,7 @@ from autoseg.image import Grid, Image, write_image
 from autoseg.workspace import SUMMARY
 
 if TYPE_CHECKING:
-    from autoseg.inference.evaluation import Evaluation
+    from autoseg.inference.summary import Evaluation
     from autoseg.training.loop import Progress
 
 NAME = "Dataset900_Demo"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from autoseg.executor import Executor
     from autoseg.experiment_planning.fingerprint import Fingerprint
     from autoseg.experiment_planning.superresolution import Asked
-    from autoseg.inference.evaluation import Evaluation
+    from autoseg.inference.summary import Evaluation
     from autoseg.training.distributed import World
     from autoseg.training.loggers import Logs
     from autoseg.training.loop import Progress, TrainedFold

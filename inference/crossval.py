@@ -31,12 +31,14 @@ from autoseg.errors import AutosegError, CheckpointError, PlanError
 from autoseg.files import read_json, write_json
 from autoseg.image import Image, read_image, write_image
 from autoseg.inference.cascade import held_out_cases, prepare_previous_stage
-from autoseg.inference.evaluation import Evaluation, ImageScores, Pair, evaluate_pairs, score_image
+from autoseg.inference.evaluation import evaluate_pairs
 from autoseg.inference.export import export_labels
 from autoseg.inference.grids import bring_logits
 from autoseg.inference.held_out import HeldOutCase, held_out_case
 from autoseg.inference.pictures import best_median_worst, draw_case
 from autoseg.inference.predictor import Model, NetworkAnswer, PredictionSettings, load_model, predict_network_grid
+from autoseg.inference.scoring import ImageScores, Pair, score_image
+from autoseg.inference.summary import Evaluation
 from autoseg.labels import Labels
 from autoseg.plan import Plan
 from autoseg.preprocessing.resample import resample_image

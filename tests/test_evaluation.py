@@ -12,7 +12,8 @@ import pytest
 from autoseg.errors import PredictionError
 from autoseg.geometry import resample_grid, turn_array, turn_grid, voxels_to_world
 from autoseg.image import Grid, Image, read_image, write_image
-from autoseg.inference.evaluation import Pair, evaluate_folders, evaluate_image_folders, evaluate_pairs
+from autoseg.inference.evaluation import evaluate_folders, evaluate_image_folders, evaluate_pairs
+from autoseg.inference.scoring import Pair
 from autoseg.labels import Labels
 
 SPACING = (3.0, 1.0, 1.0)

@@ -9,7 +9,8 @@ Everything is decided on cases that the predicting fold did not train on, and on
 4. the largest component alone, or a smallest size, for each structure: only where it gains beyond noise;
 5. a temperature that makes the chosen probabilities honest, with the calibration error before and after.
 
-"Beyond noise" is: the 95 % bootstrap interval of the mean paired difference over the cases lies above zero. Who was
+"Beyond noise" is: the 95 % bootstrap interval of the paired difference of the means lies above zero, the wider the more
+were tried of which this is the best. Who was
 stopped early (`halving.py`) is not chosen from; the rungs at which that happened are kept beside the choice.
 """
 
@@ -156,7 +157,7 @@ def select(
     ensembles = _ensembles(best_of, find_views([plan.configuration(name) for name in configurations]))
     if ensembles:
         table = table.joined(score_candidates(cases, ensembles, plan.labels, workers=workers, progress=progress))
-    chosen = _choose_ensemble(best, ensembles, table, decisions)
+    chosen = choose_ensemble(best, ensembles, table, decisions)
 
     details = _examine(cases, chosen, plan.labels, workers=workers)
     cleaning = _choose_cleaning(details, plan.labels, decisions)
@@ -235,15 +236,17 @@ def settle_weights(members: tuple[Member, ...], table: Table) -> tuple[Candidate
     return (best, because + "beyond noise.") if low > 0 else (equal, because + "not beyond noise, so equal ones stay.")
 
 
-def _choose_ensemble(
+def choose_ensemble(
     best: Candidate, ensembles: Sequence[Candidate], table: Table, decisions: list[Decision]
 ) -> Candidate:
+    """The best single configuration, or the best ensemble where that is better beyond what the best of so many are by
+    chance; why is added to `decisions`."""
     if not ensembles:
         decisions.append(_decision("ensemble", best.name, "one configuration is there, so there is nothing to join."))
         return best
     settled = dict(settle_weights(members, table) for members in dict.fromkeys(e.members for e in ensembles))
     tried = max(settled, key=table.mean)
-    gain, low, high = table.difference(tried, best)
+    gain, low, high = table.difference(tried, best, tried=len(settled))
     pays = low > 0
     if pays:
         decisions.append(_decision("ensemble.weights", tried.weights, settled[tried]))
@@ -283,16 +286,18 @@ class Table:
 
     def mean(self, candidate: Candidate) -> float:
         """Mean over the structures of their mean over the cases (nnU-Net's foreground mean)."""
-        return float(np.nanmean(_means(self.dice[candidate])))
+        return _mean(self.dice[candidate])
 
     def difference(self, candidate: Candidate, other: Candidate, *, tried: int = 1) -> tuple[float, float, float]:
-        """Mean paired difference of two candidates and its bootstrap interval over the cases; see `interval`."""
-        paired = self.dice[candidate] - self.dice[other]
-        return interval(lambda rows: float(np.nanmean(_means(paired[rows]))), self.cases, tried=tried)
+        """By how much the mean of a candidate is above the other's, and its bootstrap interval over the cases.
+
+        Paired: both are drawn the same cases. See `interval`.
+        """
+        return _difference(self.dice[candidate], self.dice[other], tried=tried)
 
     def score(self, candidate: Candidate) -> Score:
         dice = self.dice[candidate]
-        value, low, high = interval(lambda rows: float(np.nanmean(_means(dice[rows]))), self.cases)
+        value, low, high = interval(lambda rows: _mean(dice[rows]), self.cases)
         by_class = {name: float(v) for name, v in zip(self.names, _means(dice), strict=True) if not math.isnan(v)}
         return Score(candidate, value, low, high, by_class)
 
@@ -302,6 +307,18 @@ def _means(dice: NDArray[np.float64]) -> NDArray[np.float64]:
     counted = np.isfinite(dice)
     sums = np.where(counted, dice, 0).sum(axis=0)
     return np.divide(sums, counted.sum(axis=0), out=np.full(dice.shape[1], np.nan), where=counted.any(axis=0))
+
+
+def _mean(dice: NDArray[np.float64]) -> float:
+    """Of (cases, structures): the mean over the structures of their means; nan where there is nothing to score."""
+    means = _means(dice)
+    known = means[np.isfinite(means)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _difference(dice: NDArray[np.float64], other: NDArray[np.float64], *, tried: int) -> tuple[float, float, float]:
+    """Of the means, not the mean of the cases' differences: a false structure costs, though its lack has no score."""
+    return interval(lambda rows: _mean(dice[rows]) - _mean(other[rows]), len(dice), tried=tried)
 
 
 def interval(value: Callable[[NDArray[np.intp]], float], cases: int, *, tried: int = 1) -> tuple[float, float, float]:
@@ -315,14 +332,12 @@ def interval(value: Callable[[NDArray[np.intp]], float], cases: int, *, tried: i
 
     generator = np.random.default_rng(SEED)
     drawn = [value(generator.integers(cases, size=cases)) for _ in range(RESAMPLES)]
+    if not np.isfinite(drawn).any():
+        return math.nan, math.nan, math.nan
     freedom = max(1, cases - 1)
     tail = float(special.ndtr(-math.sqrt(1 + 1 / freedom) * special.stdtrit(freedom, 1 - 0.025 / tried)))
     low, high = np.nanquantile(drawn, (tail, 1 - tail))
     return value(np.arange(cases)), float(low), float(high)
-
-
-def _mean_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    return interval(lambda rows: float(_means(values[rows, None])[0]), len(values))
 
 
 @dataclass(frozen=True)
@@ -517,10 +532,10 @@ def _around(truth: NDArray[Any], masks: Sequence[NDArray[np.bool_]], labels: Lab
 def _choose_cleaning(details: Sequence[_Detail], labels: Labels, decisions: list[Decision]) -> dict[str, Cleaning]:
     chosen: dict[str, Cleaning] = {}
     for name in labels.names:
-        dice = {c: np.array([detail.cleaned[name][c] for detail in details]) for c in _cleanings()}
+        dice = {c: np.array([[detail.cleaned[name][c]] for detail in details]) for c in _cleanings()}
         asis = dice.pop(Cleaning())
-        tried = max(dice, key=lambda c: float(_means(dice[c][:, None])[0]))
-        gain, low, high = _mean_interval(dice[tried] - asis)
+        tried = max(dice, key=lambda c: _mean(dice[c]))
+        gain, low, high = _difference(dice[tried], asis, tried=len(dice))
         pays = low > 0
         if pays:
             chosen[name] = tried

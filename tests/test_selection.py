@@ -20,11 +20,14 @@ from autoseg.inference.selection import (
     Selection,
     Table,
     calibration_error,
+    choose_ensemble,
+    equal_parts,
     select,
     settle_weights,
+    single,
     weighted,
 )
-from autoseg.plan import Plan
+from autoseg.plan import Decision, Plan
 from autoseg.preprocessing.case import CaseGeometry
 from autoseg.preprocessing.store import Store
 from autoseg.workspace import Workspace
@@ -151,6 +154,51 @@ def test_islands_are_removed_where_the_structure_is_one_piece(tmp_path):
     chosen = Trained(tmp_path, {"a": {"plain": with_islands}}).select()
     assert chosen.chosen.cleaning["a"].largest_only or chosen.chosen.cleaning["a"].smallest_mm3 > 8
     assert "b" not in chosen.chosen.cleaning
+
+
+def test_specks_in_cases_that_lack_the_structure_are_removed_too(tmp_path, monkeypatch):
+    whole = truth_of
+
+    def lacking(case: int) -> np.ndarray:
+        return whole(case) if case < CASES // 2 else np.minimum(whole(case), 1)  # no core
+
+    def with_specks(generator: np.random.Generator, truth: np.ndarray) -> np.ndarray:
+        answer = truth.copy()
+        if not (truth == 2).any():
+            answer[0, :2, :2] = 2
+        return sure(answer)
+
+    monkeypatch.setattr("test_selection.truth_of", lacking)
+    chosen = Trained(tmp_path, {"a": {"plain": with_specks}}).select()
+    assert chosen.chosen.cleaning["b"].smallest_mm3 > 8 and chosen.score.by_class["b"] == pytest.approx(0.5)
+
+
+def test_who_sees_a_structure_where_there_is_none_is_worse_though_the_other_has_no_score_there():
+    inventive, sober, random = single("inventive", False), single("sober", False), np.random.default_rng(0)
+    present = random.uniform(0.75, 0.85, (20, 1))
+    table = Table(
+        ("tumour",),
+        {
+            inventive: np.concatenate([present + 0.001, np.zeros((20, 1))]),
+            sober: np.concatenate([present, np.full((20, 1), np.nan)]),
+        },
+    )
+    gain, low, _ = table.difference(sober, inventive)
+    assert gain == pytest.approx(table.mean(sober) - table.mean(inventive)) and gain > 0.3 and low > 0
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_the_best_of_many_ensembles_must_be_better_than_the_best_of_one(count):
+    random, best = np.random.default_rng(0), single("a", False)
+    gains = random.normal(0.01, 0.018, (CASES, 1))  # by itself just beyond noise
+    ensembles = [equal_parts((Member("a", False), Member(f"b{i}", False))) for i in range(count)]
+    dice = {ensemble: np.full((CASES, 1), 0.8) for ensemble in ensembles}
+    table = Table(("ball",), {**dice, best: np.full((CASES, 1), 0.8), ensembles[0]: 0.8 + gains})
+    for ensemble in ensembles:
+        table.dice |= {other: table.dice[ensemble] - 0.01 for other in weighted(ensemble.members)[1:]}
+    decisions: list[Decision] = []
+    assert choose_ensemble(best, ensembles, table, decisions) == (ensembles[0] if count == 1 else best)
+    assert f"the best of {count} ensembles" in decisions[-1].because
 
 
 def test_overconfident_probabilities_are_cooled_down(tmp_path):

@@ -15,10 +15,12 @@ import contextlib
 import hashlib
 import io
 import json
+import lzma
 import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -37,6 +39,17 @@ ZIP_ENDING = ".zip"
 UNDATED = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: the same model gives the same bytes
 BLOCK_BYTES = 2**20
 MANIFEST_BYTES = 2**24  # a longer manifest is none
+# what reading a damaged zip raises, however it is compressed
+UNSOUND = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    NotImplementedError,
+    RuntimeError,
+)
 MOST_UNPACKED = 50  # times the size of a zip: weights hardly shrink, so more than that is a bomb
 
 
@@ -218,7 +231,7 @@ def _size(content: Path | bytes) -> int:
 def _manifest_of(folder: Path) -> Any:
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error}); get the model again.") from error
 
 
@@ -231,7 +244,7 @@ def _listed(manifest: Any, *, where: Path) -> dict[str, tuple[str, int]]:
     try:
         for name, entry in manifest["files"].items():
             listed[name] = (str(entry["sha256"]), int(entry["bytes"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{where}: {MANIFEST} has no list of files with checksums; get the model again."
         ) from error
@@ -268,8 +281,8 @@ def _extract(path: Path, folder: Path) -> None:
             unpacked_bytes = sum(size for _, size in listed.values())
             if unpacked_bytes > MOST_UNPACKED * path.stat().st_size:
                 raise CheckpointError(
-                    f"{path}: {path.stat().st_size} bytes would unpack to {unpacked_bytes}, as no model does; do not trust "
-                    "it."
+                    f"{path}: {path.stat().st_size} bytes would unpack to {unpacked_bytes}, as no model does; "
+                    "do not trust it."
                 )
             for name, expected in listed.items():
                 entry = entries.get(name)
@@ -280,5 +293,5 @@ def _extract(path: Path, folder: Path) -> None:
                 with archive.open(entry) as source, open(target, "wb") as to:
                     shutil.copyfileobj(source, to, BLOCK_BYTES)
                 _check(target, f"{path}: {name}", expected)
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, NotImplementedError, RuntimeError) as error:
+    except UNSOUND as error:
         raise CheckpointError(f"{path}: this is not a sound zip file ({error}); get the model again.") from error

@@ -33,12 +33,12 @@ def workspace(tmp_path: Path) -> Workspace:
     return place
 
 
-def rewrite(path: Path, change: Callable[[dict[str, bytes]], object]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, bytes]], object], method: int = zipfile.ZIP_STORED) -> None:
     """Write a zip anew after `change` was made to its content."""
     with zipfile.ZipFile(path) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     change(content)
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in content.items():
             archive.writestr(name, data)
 
@@ -147,6 +147,28 @@ def test_a_zip_that_was_tampered_with_is_refused_and_nothing_is_written(tmp_path
         load_model(tmp_path / "model.zip", "cpu")
     assert sorted(tmp_path.rglob("*")) == before
     assert not (tmp_path.parent / "evil.txt").exists()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_that_was_packed_again_and_damaged_on_the_way_is_refused(tmp_path, workspace, method):
+    path = export_model(workspace, NAME, tmp_path / "model.zip")
+    rewrite(path, lambda content: None, method)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo(f"models/{NAME}/fold_0/checkpoint.safetensors").header_offset
+    data = bytearray(path.read_bytes())
+    data[start + 2000 : start + 6000] = bytes(byte ^ 255 for byte in data[start + 2000 : start + 6000])
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not a sound zip file|cannot be unpacked"):
+        load_model(path, "cpu")
+
+
+@pytest.mark.parametrize(
+    "manifest", ["[" * 100_000, '{"format": "autoseg model 1", "files": {"models/x": {"sha256": "0", "bytes": 1e999}}}']
+)
+def test_a_folder_with_a_manifest_of_nonsense_is_refused(tmp_path, manifest):
+    (tmp_path / MANIFEST).write_text(manifest)
+    with pytest.raises(CheckpointError, match="get the model again"):
+        load_model(tmp_path, "cpu")
 
 
 def test_a_changed_file_in_an_exported_folder_is_refused_by_name(tmp_path, workspace):

@@ -22,7 +22,8 @@ from torch import Tensor
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.files import atomic_path
 from autoseg.networks import UNet, build_network
-from autoseg.plan import Configuration, Plan, to_json
+from autoseg.plan import Configuration, Plan
+from autoseg.typed_json import to_json
 
 FORMAT = "autoseg checkpoint 1"
 CHECKSUM = "checksum"  # its key in the header of a file

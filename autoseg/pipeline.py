@@ -20,7 +20,8 @@ from autoseg.errors import CheckpointError, DatasetError, PlanError, StorageErro
 from autoseg.executor import host_memory_bytes, start_workers, stop_workers
 from autoseg.labels import Labels
 from autoseg.locks import alone
-from autoseg.plan import Budget, Configuration, Plan, PreprocessingSettings, Vector, to_json
+from autoseg.plan import Budget, Configuration, Plan, PreprocessingSettings, Vector
+from autoseg.typed_json import to_json
 from autoseg.units import format_bytes, format_seconds
 from autoseg.workspace import CHECKPOINT, MODELS, Workspace
 

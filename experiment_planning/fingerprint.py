@@ -35,8 +35,9 @@ from autoseg.geometry import (
 )
 from autoseg.image import Grid, Image
 from autoseg.labels import Labels
-from autoseg.plan import SPARSE, Shape, Vector, from_json, to_json
+from autoseg.plan import Shape, Vector
 from autoseg.preprocessing.resample import resample_onto
+from autoseg.typed_json import SPARSE, from_json, to_json
 
 FINGERPRINT_VERSION = 1
 INTENSITY_SEED = 1234  # of the voxels drawn for the statistics

@@ -28,7 +28,7 @@ class Form:
 
     name: str
     topology: str
-    """One of `plan.TOPOLOGIES`."""
+    """One of `plan_values.TOPOLOGIES`."""
     preprocessing: PreprocessingSettings
     """Of the store."""
     spacing: Vector
@@ -53,7 +53,7 @@ class Form:
 
     @property
     def context(self) -> str:
-        """How neighbouring slices enter; one of `plan.CONTEXTS`."""
+        """How neighbouring slices enter; one of `plan_values.CONTEXTS`."""
         return CONTEXT_OF[self.topology]
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from autoseg.plan import Decision, to_json
+from autoseg.plan import Decision
+from autoseg.typed_json import to_json
 
 
 class Notes:

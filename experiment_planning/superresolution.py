@@ -18,8 +18,10 @@ from autoseg.errors import PlanError, unknown_choice
 from autoseg.experiment_planning.fingerprint import Fingerprint
 from autoseg.experiment_planning.grid import GridRules
 from autoseg.experiment_planning.notes import Notes, sizes
-from autoseg.plan import LARGEST_SCALE, UNCLIPPED, Acquisition, PreprocessingSettings, Vector, to_json
+from autoseg.plan import Acquisition, PreprocessingSettings, Vector
+from autoseg.plan_values import LARGEST_SCALE, UNCLIPPED
 from autoseg.preprocessing.degradation import INTERPOLATED
+from autoseg.typed_json import to_json
 
 NAMES = ("3d_sr", "3d_sr_any", "2d_sr", "2.5d_stack_sr")
 IMAGES_ALONE = "super_resolution"
@@ -85,7 +87,7 @@ class SuperResolution:
     """From which grid to which, and where the truth comes from."""
 
     source: str
-    """degraded, paired or self; see `plan.SR_SOURCES`."""
+    """degraded, paired or self; see `plan_values.SR_SOURCES`."""
     scale: Vector
     """Input spacing / output spacing; of `self` the one along the thick axis."""
     output_spacing: Vector

@@ -8,7 +8,7 @@ from pathlib import Path
 from autoseg.errors import CheckpointError, PlanError
 from autoseg.files import read_json
 from autoseg.inference.postprocess import Cleaning
-from autoseg.plan import from_json
+from autoseg.typed_json import from_json
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from autoseg.extras import require_extra
 from autoseg.files import atomic_folder, write_json
 from autoseg.inference.package import finished_members, require_unused
 from autoseg.networks import OutputGrid, UNet
-from autoseg.plan import Configuration, Plan, to_json
+from autoseg.plan import Configuration, Plan
+from autoseg.typed_json import to_json
 from autoseg.workspace import Workspace
 
 DESCRIPTION = "onnx.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from autoseg.errors import PlanError
 from autoseg.files import read_json, write_json
-from autoseg.plan import Configuration, Decision, Plan, from_json, to_json
+from autoseg.plan import Configuration, Decision, Plan
+from autoseg.typed_json import from_json, to_json
 from autoseg.units import format_seconds
 from autoseg.workspace import Workspace
 

@@ -38,10 +38,11 @@ from autoseg.inference.crossval import MIRRORED, PLAIN, PROBABILITIES
 from autoseg.inference.postprocess import Cleaning, clean
 from autoseg.inference.rungs import Rung, find_views
 from autoseg.labels import Labels
-from autoseg.plan import Decision, Plan, from_json, to_json
+from autoseg.plan import Decision, Plan
 from autoseg.preprocessing.case import place
 from autoseg.preprocessing.resample import resample_image
 from autoseg.preprocessing.store import Store
+from autoseg.typed_json import from_json, to_json
 from autoseg.workspace import VALIDATION, Workspace
 
 SELECTION_VERSION = 2

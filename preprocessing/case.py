@@ -39,9 +39,10 @@ from autoseg.geometry import (
 )
 from autoseg.image import Grid, Image
 from autoseg.labels import Labels
-from autoseg.plan import PreprocessingSettings, Vector, from_json, to_json
+from autoseg.plan import PreprocessingSettings, Vector
 from autoseg.preprocessing.normalize import intensity_units, normalize
 from autoseg.preprocessing.resample import crop_to_extent, resample_image, resample_label, resample_onto
+from autoseg.typed_json import from_json, to_json
 from autoseg.units import format_bytes
 
 Shape = tuple[int, int, int]

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from autoseg.acquisition import degrade, offset
 from autoseg.errors import PlanError
-from autoseg.plan import BIAS_CORRECTION, Acquisition, Configuration, Shape, Vector
+from autoseg.plan import Acquisition, Configuration, Shape, Vector
+from autoseg.plan_values import BIAS_CORRECTION
 from autoseg.preprocessing.framed import FramedEntry, turned_back
 from autoseg.preprocessing.normalize import SMALLEST_SPREAD, late_limits
 from autoseg.preprocessing.store import Store, StoreEntry

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from autoseg.errors import PlanError, unknown_choice
 from autoseg.image import Triple
-from autoseg.plan import BIAS_CORRECTION, UNCLIPPED, Normalization
+from autoseg.plan import Normalization
+from autoseg.plan_values import BIAS_CORRECTION, UNCLIPPED
 
 Volume = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -24,9 +24,10 @@ from autoseg.errors import AutosegError, DatasetError, StorageError
 from autoseg.executor import Executor, Files, LocalExecutor, Needs
 from autoseg.files import storage_error
 from autoseg.labels import Labels
-from autoseg.plan import PreprocessingSettings, to_json
+from autoseg.plan import PreprocessingSettings
 from autoseg.preprocessing.case import find_geometry, preprocess_case
 from autoseg.preprocessing.store import ANNOTATED, REFERENCE, Store, StoreEntry
+from autoseg.typed_json import to_json
 from autoseg.workspace import Workspace
 
 log = logging.getLogger(__name__)

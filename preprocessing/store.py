@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from autoseg.errors import AutosegError, StorageError
 from autoseg.files import PARTIAL, atomic_path, read_json, storage_error, write_text
-from autoseg.plan import from_json, to_json
 from autoseg.preprocessing.case import CaseGeometry
+from autoseg.typed_json import from_json, to_json
 
 log = logging.getLogger(__name__)
 

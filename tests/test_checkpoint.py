@@ -17,7 +17,7 @@ from tiny_training import NAME, tiny_plan
 from autoseg.checkpoint import FORMAT, Checkpoint, load_tensors, save_tensors
 from autoseg.errors import CheckpointError, StorageError
 from autoseg.networks import build_network
-from autoseg.plan import to_json
+from autoseg.typed_json import to_json
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ STAGES = ("experiment_planning", "preprocessing", "training", "inference")
 # the core, from below: a module imports from its own layer (without a ring) and from those above it in this list
 LAYERS = (
     {"errors", "__init__"},
-    {"files", "units", "locks", "charts", "page", "integrity", "executor", "cluster", "device", "extras"},
+    {"files", "typed_json", "units", "locks", "charts", "page", "integrity", "executor", "cluster", "device", "extras"},
     {"geometry", "image", "labels"},
-    {"dataset", "plan", "acquisition"},
+    {"dataset", "plan", "plan_values", "acquisition"},
     {"workspace", "networks", "metrics", "forecast"},
     {"checkpoint"},
 )

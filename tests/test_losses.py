@@ -14,7 +14,7 @@ from tiny_training import IGNORING, REGIONS, TWO_CLASSES, architecture, sr_confi
 from torch import Tensor
 from torch.nn import functional as F
 
-from autoseg import plan
+from autoseg import plan_values
 from autoseg.acquisition import degrade
 from autoseg.errors import PlanError
 from autoseg.labels import Labels
@@ -178,7 +178,7 @@ def wave(component: int) -> Tensor:
 
 
 def test_the_terms_of_the_image_are_those_that_a_plan_may_name() -> None:
-    assert tuple(IMAGE_LOSSES) == plan.IMAGE_LOSSES
+    assert tuple(IMAGE_LOSSES) == plan_values.IMAGE_LOSSES
 
 
 @pytest.mark.parametrize("name", ["l1", "high_frequency", "perceptual"])
@@ -335,7 +335,7 @@ def test_without_fine_images_only_consistency_is_left() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(scale=st.floats(1.2, 4), names=st.sets(st.sampled_from(plan.IMAGE_LOSSES), min_size=1))
+@given(scale=st.floats(1.2, 4), names=st.sets(st.sampled_from(plan_values.IMAGE_LOSSES), min_size=1))
 def test_every_choice_of_terms_has_a_gradient_at_any_scale(scale: float, names: set[str]) -> None:
     fine = math.ceil(5 * scale - 1e-6)
     grid = OutputGrid((fine, 4, 4), (scale, 1.0, 1.0), (-(fine - 5 * scale) / 2, 0.0, 0.0))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from autoseg.errors import PlanError
-from autoseg.plan import BIAS_CORRECTION, Normalization
+from autoseg.plan import Normalization
+from autoseg.plan_values import BIAS_CORRECTION
 from autoseg.preprocessing.normalize import NORMALIZERS, normalize
 
 SPACING = (2.0, 1.0, 1.0)

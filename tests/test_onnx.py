@@ -28,7 +28,8 @@ from autoseg.inference.predictor import PredictionSettings, load_model
 from autoseg.labels import Labels
 from autoseg.networks import UNet, build_network
 from autoseg.networks.blocks import BLOCKS, PlainStage
-from autoseg.plan import Configuration, Plan, to_json
+from autoseg.plan import Configuration, Plan
+from autoseg.typed_json import to_json
 from autoseg.workspace import Workspace
 
 pytest.importorskip("onnx", reason="needs the extra onnx")

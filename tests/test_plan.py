@@ -8,19 +8,9 @@ import pytest
 from small_models import small_plan
 
 from autoseg.errors import PlanError
-from autoseg.plan import (
-    BLOCKS,
-    CONTEXTS,
-    HEADS,
-    PROFILES,
-    RECIPES,
-    SCHEMES,
-    Acquisition,
-    Decision,
-    Forecast,
-    Plan,
-    to_json,
-)
+from autoseg.plan import Acquisition, Decision, Forecast, Plan
+from autoseg.plan_values import BLOCKS, CONTEXTS, HEADS, PROFILES, RECIPES, SCHEMES
+from autoseg.typed_json import to_json
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from autoseg.experiment_planning.planner import plan_experiment
 from autoseg.experiment_planning.sizing import TARGET_STEPS, Sizer
 from autoseg.experiment_planning.timing import Speed, probe_speed
 from autoseg.labels import Labels
-from autoseg.plan import Architecture, Budget, Plan, TrainingSettings, check_plan
+from autoseg.plan import Architecture, Budget, Plan, TrainingSettings
+from autoseg.plan_values import check_plan
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -48,16 +48,15 @@ from autoseg.plan import (
     ReferenceGrid,
     TrainingSettings,
     Vector,
-    check_plan,
-    from_json,
-    to_json,
 )
+from autoseg.plan_values import check_plan
 from autoseg.preprocessing.case import preprocess_case
 from autoseg.preprocessing.store import REFERENCE, Store
 from autoseg.training import augment
 from autoseg.training.batches import Samples
 from autoseg.training.loop import train_fold
 from autoseg.training.sampling import Patch
+from autoseg.typed_json import from_json, to_json
 from autoseg.workspace import Workspace
 
 AS_IT_IS = (Normalization("none"),) * 2

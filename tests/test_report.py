@@ -21,9 +21,10 @@ from autoseg.errors import AutosegError, PlanError
 from autoseg.experiment_planning.fingerprint import extract_fingerprint, uniform_fingerprint
 from autoseg.files import write_json, write_text
 from autoseg.labels import Labels
-from autoseg.plan import Decision, Forecast, Plan, to_json
+from autoseg.plan import Decision, Forecast, Plan
 from autoseg.report import MOST_PICTURE_BYTES, write_report
 from autoseg.results import mean_over_cases
+from autoseg.typed_json import to_json
 from autoseg.workspace import CHECKPOINT, Workspace
 
 NASTY = 'patch <b>8</b> & "more"'

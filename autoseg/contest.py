@@ -8,6 +8,7 @@ folds, and the rungs that are decided (`models/rungs/`). So it does not matter w
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ from autoseg.errors import PlanError
 from autoseg.files import read_json
 from autoseg.forecast import Pace, Work
 from autoseg.inference.halving import FORK_SHARE, LEAST_CASES, judge
-from autoseg.inference.rungs import Contender, Length, Rung, find_contenders, read_rung
+from autoseg.inference.rungs import RUNGS, Contender, Length, Rung, find_contenders, read_rung
 from autoseg.pipeline import is_of_split
 from autoseg.plan import Plan
 from autoseg.training.folds import Fold
 from autoseg.training.loop import Standing, read_standing
 from autoseg.workspace import CHECKPOINT, SCORED, SUMMARY, VALIDATION, Workspace
+
+log = logging.getLogger(__name__)
 
 MOST_FORK_PREDICTION = (
     1.0  # of a timed fork's training time that predicting its held-out cases may take; else fewer ...
@@ -187,6 +190,34 @@ class Contest:
         first = next(self._rungs(), None)
         contested = len(self.contenders) > 1 and any(task.configuration in c.members for c in self.contenders)
         return task.fold == "0" and contested and first is not None and first.forks
+
+    def require_length(self) -> None:
+        """Hold the steps that are asked for against what is there. Raises PlanError where forks took as many already.
+
+        Folds that ended after others are warned of: they stay as they are.
+        """
+        if self.steps is None or self.timed:
+            return
+        tasks = [Task(c.name, fold) for c in self.plan.configurations for fold in self.names]
+        forks = [fork.steps for task in tasks if (fork := self.fork_length(task)) is not None and fork.steps]
+        if max(forks, default=0) >= self.steps:
+            raise PlanError(
+                f"{self.place.models / RUNGS}: the forks that are compared first have {max(forks)} steps, so whole "
+                f"folds need more than {self.steps}; give the --steps that it was begun with, or delete "
+                f"{self.place.models} to begin anew."
+            )
+        others = [
+            f"{task} ({standing.limits.steps or 'no number of'} steps)"
+            for task in tasks
+            if self.is_done(task)
+            and (standing := self._standing(task)) is not None
+            and standing.limits.steps != self.steps
+        ]
+        if others:
+            log.warning(
+                "%s: --steps %d holds for the folds that are left; trained to their end, and kept, are %s.",
+                self.place.root, self.steps, "; ".join(others),
+            )  # fmt: skip
 
     # ---- what is there
 

@@ -166,6 +166,7 @@ def run(
 
         plan = planned.plan
         contest = Contest(plan, place, find_folds(plan, place, drop_cases=planned.dropped), steps, timed)
+        contest.require_length()
         pace = Pace(plan, workers)
         form = Job(Path(dataset_root), place.root, "", "", device=device, workers=workers, seed=seed, logs=logs)
         ends = began + AIMED_SHARE * seconds - _spent(contest) if timed and seconds is not None else None
@@ -402,12 +403,19 @@ def _spent(contest: Contest) -> float:
 
 
 def find_folds(plan: Plan, place: Workspace, *, drop_cases: Collection[str] = ()) -> tuple[Fold, ...]:
-    """The folds; they are made if missing."""
+    """The folds; they are made if missing. Raises PlanError where one holds nothing out: it could not be compared."""
     from autoseg.preprocessing.store import Store
     from autoseg.training.folds import load_or_make_folds
 
     store = Store(place.store(plan.configurations[0].preprocessing))
-    return tuple(load_or_make_folds(place.folds, [case for case in store.cases() if case not in drop_cases]))
+    folds = tuple(load_or_make_folds(place.folds, [case for case in store.cases() if case not in drop_cases]))
+    idle = next((str(number) for number, fold in enumerate(folds) if not fold.validation), None)
+    if idle is not None:
+        raise PlanError(
+            f"{place.folds}: fold {idle} holds out no case, and a run chooses by held-out cases; leave it out of "
+            "the file, or train it with `autoseg train-fold` alone."
+        )
+    return folds
 
 
 def run_job(

@@ -106,9 +106,10 @@ def validate_fold(
     labels = plan.labels if labelled else NO_LABELS
     evaluation = evaluate_pairs(pairs, labels=labels, workers=workers, note=note)
     evaluation = replace(evaluation, failed={**evaluation.failed, **failed}, images=images)
-    write_json(validation / SUMMARY, {**evaluation.to_json(), SCORED: checkpoint_id(folder / CHECKPOINT)})
     if pictures and labelled:
         draw_predictions(evaluation, dataset, validation)
+    # the last: where it is, everything is
+    write_json(validation / SUMMARY, {**evaluation.to_json(), SCORED: checkpoint_id(folder / CHECKPOINT)})
     return evaluation
 
 

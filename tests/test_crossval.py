@@ -148,6 +148,21 @@ def test_held_out_cases_are_predicted_scored_and_drawn(project):
     assert {path.name for path in (folder / "pictures").iterdir()} == {"best.png", "worst.png"}
 
 
+def test_a_fold_counts_as_scored_only_when_its_pictures_are_there(project, monkeypatch):
+    folder = project.train("3d_fullres", "1") / "validation"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crossval, "draw_predictions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            project.validate("3d_fullres", "1")
+    assert not (folder / "summary.json").exists()
+    project.validate("3d_fullres", "1")
+    assert (folder / "summary.json").exists() and list((folder / "pictures").iterdir())
+
+
 def test_probabilities_are_kept_with_and_without_mirroring(project):
     folder = project.train("3d_fullres", "0")
     project.validate("3d_fullres", "0", pictures=False)

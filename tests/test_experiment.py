@@ -22,17 +22,19 @@ from autoseg.checkpoint import load_tensors
 from autoseg.cli import app
 from autoseg.contest import Contest, Task
 from autoseg.dataset import RawDataset
-from autoseg.errors import StorageError
+from autoseg.errors import PlanError, StorageError
 from autoseg.experiment import find_folds, run
 from autoseg.experiment_planning.fingerprint import extract_fingerprint
 from autoseg.files import write_json
 from autoseg.image import read_image
 from autoseg.inference.halving import LEAST_CASES
 from autoseg.inference.predictor import load_model
+from autoseg.inference.rungs import Length, Rung
 from autoseg.inference.selection import Selection
 from autoseg.plan import Plan, TrainingSettings
 from autoseg.preprocessing.store import Store
-from autoseg.training.loop import RESUME_FORMAT
+from autoseg.training.folds import Fold
+from autoseg.training.loop import RESUME_FORMAT, Limits, Standing
 from autoseg.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,6 +312,33 @@ def test_a_run_that_ends_before_any_of_its_writes_goes_on_to_the_same_end(contes
         for part in ("chosen", "rungs")
     )
     assert chosen[0] == chosen[1] and [rung.dropped for rung in rungs[0]] == [rung.dropped for rung in rungs[1]]
+
+
+def test_more_steps_leave_ended_folds_as_they_are_and_say_so_and_too_few_for_the_forks_are_refused(
+    tmp_path, monkeypatch, caplog
+):
+    plan, place = tiny_plan(replace(tiny_configuration(), name="a")), Workspace(tmp_path)
+    plan = replace(plan, configurations=(*plan.configurations, replace(plan.configurations[0], name="b")))
+    folds = tuple(Fold(("x",), tuple("abcdefg")) for _ in range(2))
+    Rung(0, plan.id, 0.25, ("0",), {"a": Length(steps=25), "b": Length(steps=25)}).save(place)
+    ended = Standing(plan.id, Limits(100, None), 1.0, True, folds[0].id)
+    monkeypatch.setattr(Contest, "_standing", lambda self, task: ended if task == Task("a", "0") else None)
+    monkeypatch.setattr(Contest, "_is_scored", lambda self, task, standing: True)
+    Contest(plan, place, folds, 100).require_length()
+    assert not caplog.records
+    Contest(plan, place, folds, 200).require_length()
+    assert "--steps 200 holds for the folds that are left" in caplog.text and "a, fold 0 (100 steps)" in caplog.text
+    with pytest.raises(PlanError, match="have 25 steps, so whole folds need more than 25"):
+        Contest(plan, place, folds, 25).require_length()
+
+
+def test_a_fold_that_holds_nothing_out_is_refused_before_anything_is_trained(dataset, tmp_path):
+    path = Workspace.of(dataset, tmp_path / "ws").folds
+    first, second = json.loads(path.read_text())
+    write_json(path, [first, {"train": sorted(second["train"] + second["val"]), "val": []}])
+    with pytest.raises(PlanError, match=r"folds\.json: fold 1 holds out no case"):
+        run(dataset, workspace=tmp_path / "ws", device="cpu")
+    assert not (Workspace.of(dataset, tmp_path / "ws")).models.exists()
 
 
 def test_the_time_is_divided_over_the_folds_that_are_left(dataset, tmp_path):

@@ -133,6 +133,20 @@ def test_a_training_writes_a_model_its_state_its_history_and_a_curve(plan: Plan,
     assert len(folds) == 5 and folds[0]["val"]
 
 
+def test_a_training_that_is_killed_at_its_curve_has_not_ended(
+    plan: Plan, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "draw_curve", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(plan, workspace)
+    standing = loop.read_standing(workspace.fold(NAME, "0"))
+    assert standing is None or not standing.finished
+
+
 @pytest.mark.parametrize("labels", [REGIONS, IGNORING], ids=["regions", "ignore"])
 def test_regions_and_an_ignore_label_are_trained(tmp_path: Path, labels: Labels) -> None:
     plan, place = tiny_plan(labels=labels), Workspace(tmp_path)

@@ -468,13 +468,13 @@ class _Run:
         )
 
     def finish(self) -> None:
-        """Write everything that a training ends with; no process returns before it is there."""
-        self.save()
+        """Write everything that a training ends with, last that it has ended; no process returns before it is there."""
         if self.state.world.first:
             self.history.write()
             draw_curve(
                 self.history, self.folder / CURVE, title=f"{self.plan.dataset}: {self.settings.name}, fold {self.fold}"
             )
+        self.save()
         self.state.world.wait()
 
     def save(self) -> None:

@@ -6,14 +6,11 @@ Only typer is imported up here, so that `--help` answers at once; every command 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import os
-import re
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -21,13 +18,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from autoseg import __version__
+from autoseg.options import (
+    DatasetArgument,
+    DeviceOption,
+    DropCasesOption,
+    ExecutorOption,
+    FoldsOption,
+    InputSpacingOption,
+    LogOption,
+    MlflowOption,
+    OutputSpacingOption,
+    QuietOption,
+    ScaleOption,
+    SeedOption,
+    TaskOption,
+    VerboseOption,
+    WorkersOption,
+    WorkspaceOption,
+)
+from autoseg.status import DONE, REFUSED, SOME_FAILED, complain, status_of
 
 if TYPE_CHECKING:
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.screen import Screen
 
-DONE, SOME_FAILED, REFUSED, BUG = 0, 1, 2, 70
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # as torch says it, in RuntimeErrors
 SCREEN: ContextVar[Screen] = ContextVar("screen")  # of the command that runs, made from its -v and --quiet
 
 app = typer.Typer(
@@ -38,76 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-# Optional[...] and not "... | None": typer reads these at run time, and on Python 3.10 too
-DatasetArgument = Annotated[Path, typer.Argument(help="Raw dataset: a folder in nnU-Net v2 layout.", metavar="DATASET")]
-WorkspaceOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--workspace",
-        metavar="FOLDER",
-        help="Where plan, preprocessed data and models go. [default: autoseg_workspace beside the dataset]",
-    ),
-]
-DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
-InputSpacingOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--input-spacing",
-        metavar="Z,Y,X",
-        help="Spacing in mm of the (thick) images expected in use: plan super-resolution. [default: the dataset's]",
-    ),
-]
-OutputSpacingOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--output-spacing",
-        metavar="Z,Y,X",
-        help="Spacing in mm of the labels that are wanted: plan super-resolution. [default: the dataset's]",
-    ),
-]
-ScaleOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--sr-scale",
-        metavar="S[,Y,X]",
-        help="Input by output spacing, along the slices or along (z, y, x): instead of one of the two.",
-    ),
-]
-TaskOption = Annotated[
-    str,
-    typer.Option(
-        "--task", metavar="TASK", help="What super-resolution answers: joint, segmentation or super_resolution."
-    ),
-]
-FoldsOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--folds", metavar="FILE", help="Take these folds, such as nnU-Net's splits_final.json."),
-]
-WorkersOption = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--workers", metavar="N", min=0, help="Worker processes. [default: one for each core]"),
-]
-LogOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        "--log", metavar="NAME", help="Log to tensorboard or mlflow too; may be given twice. [default: history.csv]"
-    ),
-]
-MlflowOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--mlflow-uri", metavar="URI", help="MLflow's store or server. [default: the file mlflow.db in the workspace]"
-    ),
-]
-ExecutorOption = Annotated[
-    str,
-    typer.Option("--executor", metavar="WHERE", help="local, ray (started here) or ray://HOST:PORT, a Ray cluster."),
-]
-VerboseOption = Annotated[
-    int, typer.Option("-v", "--verbose", count=True, show_default=False, help="Say more; -vv says everything.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars and no notes; results and errors only.")]
 
 
 def command(name: str, short: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -126,66 +70,12 @@ def command(name: str, short: str) -> Callable[[Callable[..., int]], Callable[..
                 parse_device(kwargs["device"])  # refused even where the command computes nothing
                 return function(*args, **kwargs)
 
-            raise typer.Exit(_status(run, screen))
+            raise typer.Exit(status_of(run, screen))
 
         app.command(name, short_help=short)(guarded)
         return function
 
     return register
-
-
-def _status(run: Callable[[], int], screen: Screen) -> int:
-    """The exit status of a command; every error becomes a sentence on stderr."""
-    from autoseg.errors import AutosegError
-    from autoseg.files import storage_error
-
-    try:
-        with _terminated_by_signal():
-            return run()
-    except typer.Exit:
-        raise
-    except _Terminated:
-        return screen.refuse("Terminated; what was finished is kept.", 128 + signal.SIGTERM)
-    except AutosegError as error:
-        return screen.refuse(str(error), REFUSED)
-    except KeyboardInterrupt:
-        return screen.refuse("Interrupted; what was finished is kept.", 130)
-    except BrokenPipeError:  # `autoseg explain | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except MemoryError as error:
-        detail = f" ({error})" if str(error) else ""
-        return screen.refuse(f"Not enough memory{detail}; use fewer --workers or a smaller --gpu-memory.", REFUSED)
-    except OSError as error:
-        return screen.refuse(str(storage_error(Path(error.filename or "?"), error)), REFUSED)
-    except Exception as error:
-        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
-            detail = str(error).splitlines()[0]
-            return screen.refuse(f"Not enough memory ({detail}); plan with a smaller --gpu-memory.", REFUSED)
-        return screen.refuse(
-            f"This should not happen, please report it: {type(error).__name__}: {error} (-vv shows where).", BUG
-        )
-
-
-class _Terminated(BaseException):
-    """SIGTERM came."""
-
-
-@contextlib.contextmanager
-def _terminated_by_signal() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that what is half-written is removed and the user is told."""
-    if threading.current_thread() is not threading.main_thread():  # no other thread may set handlers
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _cores(workers: int | None) -> int:
@@ -297,7 +187,7 @@ def plan_and_preprocess(
     output_spacing: OutputSpacingOption = None,
     sr_scale: ScaleOption = None,
     task: TaskOption = "joint",
-    drop_cases: Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")] = False,
+    drop_cases: DropCasesOption = False,
     replan: Annotated[
         bool, typer.Option("--replan", help="Plan anew over trained models; these are put aside, not deleted.")
     ] = False,
@@ -405,7 +295,7 @@ def train_fold(
         typer.Option("--steps", metavar="N", min=1, help="Train this many steps."),
     ] = None,
     go_on: Annotated[bool, typer.Option("--continue", help="Go on where an earlier training stopped.")] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights, sampling and augmentation.")] = 0,
+    seed: SeedOption = 0,
     workers: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
@@ -486,7 +376,7 @@ def train_fold(
         screen.say("Every case was trained on, so none is held out to be scored.")
         return DONE
     screen.say(evaluation.table())
-    return _complain(screen, evaluation.problems())
+    return complain(screen, evaluation.problems())
 
 
 @command("predict", "Segment images with a trained model.")
@@ -593,7 +483,7 @@ def predict(
     skipped = f", {len(outcome.skipped)} were there already" if outcome.skipped else ""
     cases = "1 case" if len(outcome.done) == 1 else f"{len(outcome.done)} cases"
     screen.say(f"{cases} predicted to {output}{skipped}.")
-    return _complain(screen, tuple(outcome.failed.values()), nothing=not (outcome.done or outcome.skipped))
+    return complain(screen, tuple(outcome.failed.values()), nothing=not (outcome.done or outcome.skipped))
 
 
 @command("evaluate", "Score label maps against true ones.")
@@ -641,7 +531,7 @@ def evaluate(
     screen.say(evaluation.table())
     if json_file is not None:
         evaluation.save(json_file)
-    return _complain(screen, evaluation.problems(), nothing=not (evaluation.cases or evaluation.images))
+    return complain(screen, evaluation.problems(), nothing=not (evaluation.cases or evaluation.images))
 
 
 @command("run", "Everything: plan, train, choose, export, report.")
@@ -669,7 +559,7 @@ def run(
     output_spacing: OutputSpacingOption = None,
     sr_scale: ScaleOption = None,
     task: TaskOption = "joint",
-    drop_cases: Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")] = False,
+    drop_cases: DropCasesOption = False,
     group_by: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--group-by", metavar="FILE", help="Cases of one patient share a fold: a JSON file, or prefix."),
@@ -684,7 +574,7 @@ def run(
     print_commands: Annotated[
         bool, typer.Option("--print-commands", help="Plan, if need be; print plain commands for any scheduler; end.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of weights, sampling and augmentation.")] = 0,
+    seed: SeedOption = 0,
     log: LogOption = None,
     mlflow_uri: MlflowOption = None,
     workers: WorkersOption = None,
@@ -865,16 +755,7 @@ def demo(
             on_step=bar,
         )
     screen.say(outcome.summary())
-    return _complain(screen, outcome.test.problems())
-
-
-def _complain(screen: Screen, sentences: tuple[str, ...], *, nothing: bool = False) -> int:
-    """Print what failed; the exit status for it."""
-    for sentence in sentences:
-        screen.error(sentence)
-    if not sentences:
-        return DONE
-    return REFUSED if nothing else SOME_FAILED
+    return complain(screen, outcome.test.problems())
 
 
 def main() -> None:

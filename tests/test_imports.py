@@ -25,7 +25,20 @@ LAYERS = (
     {"workspace", "networks", "metrics", "forecast"},
     {"checkpoint"},
 )
-FACE = {"cli", "screen", "pipeline", "experiment", "contest", "agenda", "demo", "report", "results", "__main__"}
+FACE = {
+    "cli",
+    "options",
+    "status",
+    "screen",
+    "pipeline",
+    "experiment",
+    "contest",
+    "agenda",
+    "demo",
+    "report",
+    "results",
+    "__main__",
+}
 STAGE_MAY_IMPORT = {
     "preprocessing": {"core"},
     "training": {"preprocessing", "core"},

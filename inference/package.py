@@ -29,7 +29,8 @@ from autoseg import __version__
 from autoseg.checkpoint import Checkpoint
 from autoseg.errors import CheckpointError, StorageError
 from autoseg.files import atomic_folder, atomic_path, read_json
-from autoseg.plan import Plan, to_json
+from autoseg.plan import Plan
+from autoseg.typed_json import to_json
 from autoseg.workspace import CHECKPOINT, MODELS, SELECTION, SUMMARY, VALIDATION, Workspace
 
 MANIFEST = "model.json"

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from autoseg.checkpoint import checkpoint_id
 from autoseg.dataset import RawDataset
@@ -222,7 +223,7 @@ class Contest:
     # ---- what is there
 
     def _standing(self, task: Task) -> Standing | None:
-        return read_standing(self.place.fold(task.configuration, task.fold))
+        return standing_of(self.plan, self.place.fold(task.configuration, task.fold))
 
     def is_done(self, task: Task) -> bool:
         """Whether a fold is trained to its end by this plan and its held-out cases are scored."""
@@ -346,6 +347,18 @@ class Contest:
             trained_seconds=self.trained_seconds(),
             workers=workers,
         )
+
+
+def standing_of(plan: Plan, folder: Path) -> Standing | None:
+    """Where a fold's training stands.
+
+    None where there is none, or one that was stopped before its first step and belongs to a plan before: only trained
+    folds hold a plan fast.
+    """
+    standing = read_standing(folder)
+    if standing is None or standing.plan == plan.id or (folder / CHECKPOINT).exists():
+        return standing
+    return None
 
 
 def is_of_length(standing: Standing, length: Length | None) -> bool:

@@ -25,7 +25,7 @@ from autoseg.locks import alone
 from autoseg.pipeline import load_plan, plan_and_preprocess, train, validate, workspace_of
 from autoseg.plan import Plan
 from autoseg.training.loggers import NO_LOGS, Logs
-from autoseg.workspace import CHECKPOINT, HISTORY, Workspace
+from autoseg.workspace import CHECKPOINT, HISTORY, RESUME, Workspace
 
 if TYPE_CHECKING:
     from autoseg.agenda import Agenda
@@ -431,16 +431,16 @@ def run_job(
     process and on any machine that sees both folders; no two of them on one fold. A job that was killed is run again,
     here or elsewhere. Raises PlanError, CheckpointError, StorageError, WorkerError.
     """
-    from autoseg.contest import is_of_length
-    from autoseg.training.loop import read_standing
+    from autoseg.contest import is_of_length, standing_of
 
     place = Workspace(job.workspace)
     plan = Plan.load(place.plan)
     folder = place.fold(job.configuration, job.fold)
     began = clock()
-    standing = read_standing(folder)
-    if standing is None:
-        (folder / HISTORY).unlink(missing_ok=True)  # of a run that was killed before it could save: it begins anew
+    standing = standing_of(plan, folder)
+    if standing is None:  # what is there is of a run that was ended before it had a model: it begins anew
+        for left in (HISTORY, RESUME):
+            (folder / left).unlink(missing_ok=True)
     forked = standing is not None and job.before is not None and is_of_length(standing, job.before)
     timer = _Timer(clock, on_step)
     if standing is None or forked or not standing.finished:

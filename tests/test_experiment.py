@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ from autoseg.inference.selection import Selection
 from autoseg.plan import Plan, TrainingSettings
 from autoseg.preprocessing.store import Store
 from autoseg.training.folds import Fold
-from autoseg.training.loop import RESUME_FORMAT, Limits, Standing
+from autoseg.training.loop import RESUME_FORMAT, Limits, Standing, read_standing
 from autoseg.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,6 +313,21 @@ def test_a_run_that_ends_before_any_of_its_writes_goes_on_to_the_same_end(contes
         for part in ("chosen", "rungs")
     )
     assert chosen[0] == chosen[1] and [rung.dropped for rung in rungs[0]] == [rung.dropped for rung in rungs[1]]
+
+
+def test_a_run_that_was_stopped_before_its_first_step_may_be_planned_otherwise_the_next_time(
+    dataset, tmp_path, monkeypatch
+):
+    asked = iter([False])  # before the fold; then in its training, before the first step
+    assert not run(dataset, workspace=tmp_path / "ws", device="cpu", stop=lambda: next(asked, True)).finished
+    place = Workspace.of(dataset, tmp_path / "ws")
+    (begun,) = place.models.glob("*/fold_0/resume.safetensors")
+    assert not (begun.parent / "checkpoint.safetensors").exists()
+    plan = two_candidates(dataset, STEPS - 1)  # another pace was measured
+    monkeypatch.setattr(planner, "plan_experiment", lambda *_, **__: plan)
+    asked = itertools.chain([False] * STEPS, itertools.repeat(True))
+    run(dataset, workspace=tmp_path / "ws", device="cpu", stop=lambda: next(asked))
+    assert read_standing(begun.parent).plan == plan.id and (begun.parent / "checkpoint.safetensors").exists()
 
 
 def test_more_steps_leave_ended_folds_as_they_are_and_say_so_and_too_few_for_the_forks_are_refused(

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from autoseg.inference.onnx import DESCRIPTION, IMAGE, LOGITS, SUPER_RESOLVED, e
 from autoseg.inference.predictor import PredictionSettings, load_model
 from autoseg.labels import Labels
 from autoseg.networks import UNet, build_network
-from autoseg.networks.blocks import BLOCKS, PlainStage
+from autoseg.networks.blocks import BLOCKS, ConvNormAct, Stage
 from autoseg.plan import Configuration, Plan
 from autoseg.typed_json import to_json
 from autoseg.workspace import Workspace
@@ -167,7 +168,7 @@ def test_only_the_folds_that_are_asked_for_are_written(tmp_path: Path, workspace
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["3d_lowres_fold_0.onnx", DESCRIPTION]
 
 
-class Eigenvalues(PlainStage):
+class Eigenvalues(Stage):
     """A stage with an operation that ONNX lacks."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +178,7 @@ class Eigenvalues(PlainStage):
 def test_an_operation_that_onnx_lacks_is_named_and_nothing_is_left(
     tmp_path: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(BLOCKS, "plain", Eigenvalues)
+    monkeypatch.setitem(BLOCKS, "plain", partial(Eigenvalues, ConvNormAct))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(PlanError, match=r"3d_lowres: ONNX cannot hold the operation aten.linalg_eig; .* without"):
         export_onnx(workspace, "3d_lowres", tmp_path / "out")

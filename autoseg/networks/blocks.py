@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -60,25 +61,6 @@ def slices_as_volumes(x: Tensor, batch: int, dimensions: int) -> Tensor:
     return x.reshape(batch, -1, *x.shape[1:]).transpose(1, 2) if dimensions == 2 else x
 
 
-class PlainStage(nn.Sequential):
-    """`convs` times ConvNormAct; the first one carries the stride."""
-
-    def __init__(self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int) -> None:
-        one = (1, 1, 1)
-        super().__init__(
-            *(
-                ConvNormAct(
-                    inputs if i == 0 else outputs,
-                    outputs,
-                    kernel=kernel,
-                    stride=stride if i == 0 else one,
-                    dimensions=dimensions,
-                )
-                for i in range(convs)
-            )
-        )
-
-
 class ResidualBlock(nn.Module):
     """Two convolutions around a skip (He et al. 2016); the skip is average-pooled and projected where shapes differ."""
 
@@ -103,14 +85,24 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class ResidualStage(nn.Sequential):
-    """`convs` residual blocks; the first one carries the stride."""
+class Stage(nn.Sequential):
+    """`convs` blocks, each a `ConvNormAct` or a `ResidualBlock`; the first one carries the stride."""
 
-    def __init__(self, inputs: int, outputs: int, *, convs: int, kernel: Shape, stride: Shape, dimensions: int) -> None:
+    def __init__(
+        self,
+        block: Callable[..., nn.Module],
+        inputs: int,
+        outputs: int,
+        *,
+        convs: int,
+        kernel: Shape,
+        stride: Shape,
+        dimensions: int,
+    ) -> None:
         one = (1, 1, 1)
         super().__init__(
             *(
-                ResidualBlock(
+                block(
                     inputs if i == 0 else outputs,
                     outputs,
                     kernel=kernel,
@@ -122,7 +114,10 @@ class ResidualStage(nn.Sequential):
         )
 
 
-BLOCKS: dict[str, Callable[..., nn.Module]] = {"plain": PlainStage, "residual": ResidualStage}
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "plain": partial(Stage, ConvNormAct),
+    "residual": partial(Stage, ResidualBlock),
+}
 
 
 def build_stage(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from autoseg.acquisition import apply_along, resampling_matrix
-from autoseg.networks.blocks import GridConv, PlainStage, slices_as_batch, slices_as_volumes
+from autoseg.networks.blocks import ConvNormAct, GridConv, Stage, slices_as_batch, slices_as_volumes
 from autoseg.networks.upsampling import OutputGrid, interpolate
 from autoseg.plan import Architecture
 
@@ -22,8 +22,14 @@ class ReferenceFusion(nn.Module):
         a = architecture
         width = a.features[0]
         self.dimensions = dimensions
-        self.encode = PlainStage(
-            a.reference_channels, width, convs=2, kernel=a.kernels[0], stride=(1, 1, 1), dimensions=dimensions
+        self.encode = Stage(
+            ConvNormAct,
+            a.reference_channels,
+            width,
+            convs=2,
+            kernel=a.kernels[0],
+            stride=(1, 1, 1),
+            dimensions=dimensions,
         )
         self.project = GridConv(width, width, 1, dimensions=dimensions)
         self.gate = GridConv(2 * width, width, 1, dimensions=dimensions)

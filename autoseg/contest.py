@@ -8,6 +8,7 @@ folds, and the rungs that are decided (`models/rungs/`). So it does not matter w
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -330,7 +331,12 @@ class Contest:
             return None
         each = pace.predicting(task.configuration, 1, mirroring=False)
         most = max(FEW_CASES, int(MOST_FORK_PREDICTION * fork.seconds / each)) if each else len(names)
-        return names[:most] if most < len(names) else None
+        if most >= len(names):
+            return None
+        drawn = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:most]
+        return tuple(
+            sorted(drawn)
+        )  # not the first ones, which may all be of one hospital; of any two draws one is part
 
     # ---- who goes on
 

@@ -39,8 +39,9 @@ Results = Generator[tuple[int, Result | Exception], None, None]
 
 HEADER = struct.Struct(">cQ")  # a message on a pipe: what it is, its length in bytes, then the message
 FUNCTION, ITEM, ANSWER, READY = b"F", b"I", b"A", b"R"
+# signals that a terminal or a scheduler sends to all processes of a command: the one that waits for the workers decides
 BOOT = (
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "import signal; [signal.signal(end, signal.SIG_IGN) for end in (signal.SIGINT, signal.SIGTERM)]; "
     "import json, sys; sys.path[:] = json.loads(sys.stdin.buffer.readline()); "
     "from autoseg.executor import serve; serve()"
 )

@@ -166,6 +166,16 @@ def test_exceptions_come_back_in_place_of_results():
     assert results[3] == "a"
 
 
+def is_told_to_end(item: int) -> int:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    return item
+
+
+def test_a_signal_to_all_processes_of_a_command_kills_no_case_under_way():
+    assert dict(map_cases(is_told_to_end, range(2), workers=2, names=["a", "b"])) == {0: 0, 1: 1}
+
+
 def test_an_item_that_cannot_be_sent_stops_with_its_error():
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
         list(map_cases(double, [lambda: None, 1], workers=2, names=["a", "b"]))

@@ -27,6 +27,7 @@ from autoseg.errors import PlanError, StorageError
 from autoseg.experiment import find_folds, run
 from autoseg.experiment_planning.fingerprint import extract_fingerprint
 from autoseg.files import write_json
+from autoseg.forecast import Pace
 from autoseg.image import read_image
 from autoseg.inference.halving import LEAST_CASES
 from autoseg.inference.predictor import load_model
@@ -346,6 +347,20 @@ def test_more_steps_leave_ended_folds_as_they_are_and_say_so_and_too_few_for_the
     assert "--steps 200 holds for the folds that are left" in caplog.text and "a, fold 0 (100 steps)" in caplog.text
     with pytest.raises(PlanError, match="have 25 steps, so whole folds need more than 25"):
         Contest(plan, place, folds, 25).require_length()
+
+
+def test_a_fork_that_predicts_few_cases_takes_them_from_everywhere_and_each_draw_holds_the_smaller_ones(tmp_path):
+    plan, place = tiny_plan(), Workspace(tmp_path)
+    names = tuple(f"{site}_{number:02d}" for site in ("berlin", "zurich") for number in range(50))
+    Rung(0, plan.id, 0.25, ("0",), {NAME: Length(seconds=30.0)}).save(place)
+    contest, draws = Contest(plan, place, (Fold(("x",), names),) * 2, timed=True), []
+    for seconds in (0.1, 1.0, 2.0):
+        pace = Pace(plan)
+        pace.predicted(NAME, 1, seconds, mirroring=False)
+        draws.append(contest.fork_cases(Task(NAME, "0"), pace))
+    everything, many, few = draws
+    assert everything is None and len(many) == 30 and len(few) == 15 and set(few) < set(many)
+    assert {name.partition("_")[0] for name in few} == {"berlin", "zurich"}
 
 
 def test_a_fold_that_holds_nothing_out_is_refused_before_anything_is_trained(dataset, tmp_path):

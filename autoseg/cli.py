@@ -87,6 +87,11 @@ def _cores(workers: int | None) -> int:
     return available_cores()
 
 
+def _names(listed: str) -> list[str]:
+    """The names in `A,B`."""
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
 def _asked(input_spacing: str | None, output_spacing: str | None, scale: str | None, task: str) -> Asked | None:
     """What the options say of super-resolution."""
     from autoseg.pipeline import asked_super_resolution
@@ -224,7 +229,7 @@ def plan_and_preprocess(
     from autoseg.units import parse_bytes, parse_seconds
 
     screen = SCREEN.get()
-    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations is not None else None
+    names = _names(configurations) if configurations is not None else None
     asked = _asked(input_spacing, output_spacing, sr_scale, task)
     place = workspace_of(dataset, workspace)
     working_alone = alone(place.lock, what=f"{place.root}: another run works here")
@@ -472,7 +477,7 @@ def predict(
         **ram,
         **({"workers": workers} if workers is not None else {}),
     )
-    chosen = [name.strip() for name in folds.split(",") if name.strip()] if folds else ()
+    chosen = _names(folds) if folds else ()
     source = ModelSource(model, device, tuple(chosen))
     with executor_of(executor) as elsewhere:
         loaded = load_model(model, device, folds=chosen)
@@ -603,7 +608,7 @@ def run(
 
     screen = SCREEN.get()
     logs = asked_logs(log or (), mlflow_uri)
-    names = [name.strip() for name in configurations.split(",") if name.strip()] if configurations is not None else None
+    names = _names(configurations) if configurations is not None else None
     asked: dict[str, Any] = {
         "workspace": workspace,
         "seconds": parse_seconds(time, option="--time") if time is not None else None,
@@ -687,7 +692,7 @@ def export(
     plan, place = load_plan(dataset, workspace)
     name = configuration or trained_configuration(plan, place)
     plan.configuration(name)
-    chosen = [fold.strip() for fold in folds.split(",") if fold.strip()] if folds else ()
+    chosen = _names(folds) if folds else ()
     if onnx:
         from autoseg.inference.onnx import export_onnx as write
     else:

@@ -78,6 +78,12 @@ class Findings:
         return {name: cases[name] for name in sorted(cases, key=lambda name: name not in first) if cases[name]}
 
     @property
+    def given_up(self) -> frozenset[str]:
+        """Configurations that were trained no further, whose scores may be those of forks."""
+        rungs = () if self.selection is None else self.selection.rungs
+        return frozenset(name for rung in rungs for contender in rung.dropped for name in contender.split(" + "))
+
+    @property
     def trained(self) -> dict[str, Sequence[FoldResult]]:
         """The configurations that have folds."""
         return {name: folds for name, folds in self.results.items() if folds}
@@ -235,7 +241,7 @@ def _scores(found: Findings) -> str:
         count = sum(bool(fold.cases) for fold in found.results[name])
         rows.append(
             (
-                name,
+                Html(f"{text(name)} <small>trained no further</small>") if name in found.given_up else name,
                 f"{count}",
                 f"{len(cases)}",
                 *(_interval(mean, m) for mean, m in zip(means, SHOWN_METRICS, strict=True)),

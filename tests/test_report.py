@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -175,6 +176,27 @@ def test_what_was_chosen_is_shown_with_the_rungs_where_there_are_any(place, rung
     assert "3d_fullres (mirrored) : mean Dice 0.8321 (0.8000 to 0.8600) over 8 cases" in text
     assert "it is beyond noise." in text and "0.0312 before, 0.0104 after" in text
     assert ("2d dropped 0.8123 -0.0432 (-0.0700 to -0.0100) 1 min 30 s" in text) == rungs
+
+
+def test_scores_of_who_was_dropped_are_marked_as_such(place):
+    add_fold(place, "0", 0.8)
+    content = selection(Plan.load(place.plan), rungs=True)
+    leader, beaten = content["rungs"][0]["standings"]
+    swapped = [{**beaten, "contender": "3d_fullres"}, {**leader, "contender": "2d"}]
+    write_json(place.selection, {**content, "rungs": [{**content["rungs"][0], "leader": "2d", "standings": swapped}]})
+    assert "3d_fullres trained no further 1 4" in text_of(read(write_report(place)))
+
+
+def test_names_of_cases_with_the_characters_of_html_stay_names(place):
+    folder = add_fold(place, "0", 0.8)
+    summary = json.loads((folder / "validation" / "summary.json").read_text())
+    nasty = "\"><script>alert('x')</script>&amp;"
+    scored = next(iter(summary["cases"].values()))
+    cases = {nasty: {name: {"dice": 0.1, "hd95": 2.0} for name in scored}, **summary["cases"]}
+    write_json(folder / "validation" / "summary.json", {"cases": cases, "failed": {nasty: nasty}})
+    report = write_report(place)
+    assert report.read_text().count("<script>") == 1  # its own, for printing
+    assert text_of(read(report)).count(nasty) >= 3
 
 
 def test_a_selection_of_another_plan_is_not_shown(place):

@@ -6,7 +6,7 @@ from setuptools import setup
 
 STAGES = ("experiment_planning", "preprocessing", "training", "inference")
 
-# what one option needs and nothing else does; the tests need all of it
+# what one option needs and nothing else does; the tests of Ray, which starts slowly, are for those who install it
 OPTIONAL = {
     "mlflow": ["alembic>=1.13", "mlflow-skinny>=3.13", "sqlalchemy>=2.0"],
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "torch>=2.13"],
@@ -48,7 +48,7 @@ setup(
             "hypothesis>=6",
             "pytest>=8",
             "pytest-timeout>=2",
-            *(name for names in OPTIONAL.values() for name in names),
+            *(name for option in ("mlflow", "onnx", "tensorboard") for name in OPTIONAL[option]),
         ],
         "benchmarks": ["psutil>=5.9"],
         "dev": ["mypy>=1.10", "ruff>=0.6"],

@@ -65,7 +65,7 @@ def judge(
                 low=low,
                 high=high,
                 dropped=high < 0 and learned and len(cases) >= LEAST_CASES and name not in keep,
-                trained_seconds=round(total_seconds(contender, trained_seconds), 1),
+                trained_seconds=round(total_seconds(contender, trained_seconds), 3),
             )
         )
     standings.sort(key=lambda standing: -standing.dice)

@@ -267,7 +267,7 @@ def test_a_candidate_that_is_beaten_is_trained_no_further(contested, tmp_path, m
     assert loser["contender"] == "2d" and loser["high"] < 0 and loser["trained_seconds"] > 0
     assert outcome.selection is not None and outcome.selection.cases == 2 * LEAST_CASES
     assert Selection.load(outcome.workspace.selection) == outcome.selection
-    assert "2d.dropped" in outcome.workspace.report.read_text()
+    assert "2d.dropped" in outcome.workspace.report.read_text(encoding="utf-8")
 
 
 def test_who_is_not_beaten_is_trained_to_the_end(contested, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ class Reader(HTMLParser):
 
 def read(path: Path) -> Reader:
     reader = Reader()
-    reader.feed(path.read_text())
+    reader.feed(path.read_text(encoding="utf-8"))
     assert not reader.open, "every tag is closed"
     return reader
 
@@ -116,7 +116,7 @@ def test_nothing_is_fetched_and_scores_of_all_folds_are_joined(place, tmp_path):
     path = write_report(place, tmp_path / "mail" / "report.html")
     page = read(path)
     assert all(source.startswith(("#", "data:image/png;base64,")) for source in page.sources)
-    assert not re.search(r"https?://|@import|url\(", path.read_text())
+    assert not re.search(r"https?://|@import|url\(", path.read_text(encoding="utf-8"))
     text = text_of(page)
     assert "0.8500" in text and "nothing to score" in text
     assert "2 min of training in all" in text
@@ -195,7 +195,7 @@ def test_names_of_cases_with_the_characters_of_html_stay_names(place):
     cases = {nasty: {name: {"dice": 0.1, "hd95": 2.0} for name in scored}, **summary["cases"]}
     write_json(folder / "validation" / "summary.json", {"cases": cases, "failed": {nasty: nasty}})
     report = write_report(place)
-    assert report.read_text().count("<script>") == 1  # its own, for printing
+    assert report.read_text(encoding="utf-8").count("<script>") == 1  # its own, for printing
     assert text_of(read(report)).count(nasty) >= 3
 
 
@@ -329,14 +329,14 @@ def test_on_paper_what_is_folded_is_open(place, tmp_path):
     many = tuple(Decision(f"other.value_{i}", i, "rule", "for its own reason.") for i in range(60))
     replace(plan, configurations=(*plan.configurations, other), decisions=many).save(place.plan)
     path = write_report(place)
-    assert "<details>" in path.read_text()
+    assert "<details>" in path.read_text(encoding="utf-8")
     sizes = []
     for name, page in (
-        ("whole", path.read_text()),
-        ("shut", path.read_text().split("<details>")[0] + "</body></html>"),
+        ("whole", path.read_text(encoding="utf-8")),
+        ("shut", path.read_text(encoding="utf-8").split("<details>")[0] + "</body></html>"),
     ):
         html, paper = tmp_path / f"{name}.html", tmp_path / f"{name}.pdf"
-        html.write_text(page)
+        html.write_text(page, encoding="utf-8")
         browse(html, tmp_path, f"--print-to-pdf={paper}")
         sizes.append(len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes())))
     assert sizes[0] > sizes[1]

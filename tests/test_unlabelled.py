@@ -234,7 +234,7 @@ def test_thin_images_train_a_network_that_refines_thick_ones(images_alone: Make,
     assert fine.grid.shape == (16, 16, 14) and fine.grid.spacing == (1.0, 1.0, 1.0)
     assert 50 < fine.array.mean() < 150, "in the units of the image"
 
-    page = Path(done("report", root, "--workspace", place).strip()).read_text()
+    page = Path(done("report", root, "--workspace", place).strip()).read_text(encoding="utf-8")
     assert "Super-resolved images" in page and "PSNR [dB]" in page
     done("export", root, tmp_path / "model.zip", "--workspace", place)
     assert not load_model(tmp_path / "model.zip", "cpu").predicts_labels

@@ -24,6 +24,7 @@ from autoseg.options import (
     DropCasesOption,
     ExecutorOption,
     FoldsOption,
+    GroupByOption,
     InputSpacingOption,
     LogOption,
     MlflowOption,
@@ -199,14 +200,7 @@ def plan_and_preprocess(
     keep_plan: Annotated[
         bool, typer.Option("--keep-plan", help="Preprocess for the plan.json that is there, edited by hand or not.")
     ] = False,
-    group_by: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--group-by",
-            metavar="FILE",
-            help="Cases of one patient share a fold: a JSON of case: patient, or prefix: only the last part differs.",
-        ),
-    ] = None,
+    group_by: GroupByOption = None,
     folds: FoldsOption = None,
     workers: WorkersOption = None,
     workspace: WorkspaceOption = None,
@@ -565,10 +559,7 @@ def run(
     sr_scale: ScaleOption = None,
     task: TaskOption = "joint",
     drop_cases: DropCasesOption = False,
-    group_by: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--group-by", metavar="FILE", help="Cases of one patient share a fold: a JSON file, or prefix."),
-    ] = None,
+    group_by: GroupByOption = None,
     folds: FoldsOption = None,
     licence: Annotated[
         str, typer.Option("--licence", metavar="TEXT", help="The terms under which the model may be used.")

@@ -49,6 +49,14 @@ TaskOption = Annotated[
     ),
 ]
 DropCasesOption = Annotated[bool, typer.Option("--drop-cases", help="Leave broken cases out.")]
+GroupByOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--group-by",
+        metavar="FILE",
+        help="Cases of one patient share a fold: a JSON of case: patient, or prefix: only the last part differs.",
+    ),
+]
 FoldsOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--folds", metavar="FILE", help="Take these folds, such as nnU-Net's splits_final.json."),

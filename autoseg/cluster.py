@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from autoseg import __version__
 from autoseg.errors import PlanError, WorkerError
-from autoseg.executor import STOP_SECONDS, Files, Needs, Results, pickled_call, unpickled_answer
+from autoseg.executor import STOP_SECONDS, Files, Needs, Results, pickled_call, unpickled_answer, with_threads
 from autoseg.extras import require_extra
 from autoseg.files import PARTIAL, atomic_path, write_text
 
@@ -265,14 +265,11 @@ def versions() -> dict[str, str]:
 
 def run_task(function: Callable[[Any], Any], item: Any, terms: Terms) -> bytes:
     """One call, in a process of a node; what it reads and writes lies in copies where the workspace is not seen."""
-    if terms.threads:
-        import torch
-
-        torch.set_num_threads(terms.threads)
+    call: Callable[[Any], Any] = functools.partial(_on_copies, function, terms=terms)
     with contextlib.suppress(OSError):
         if terms.token.read_text(encoding="utf-8") == terms.token.name:
-            return pickled_call(function, item)
-    return pickled_call(functools.partial(_on_copies, function, terms=terms), item)
+            call = function
+    return pickled_call(functools.partial(with_threads, terms.threads, call) if terms.threads else call, item)
 
 
 def _on_copies(function: Callable[[Any], Any], item: Any, *, terms: Terms) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -140,7 +141,9 @@ class LocalExecutor:
     ) -> Results[Result]:
         """As `map_cases`, by as many processes as there are `workers`; of GPUs by as many as there are items."""
         workers = len(items) if needs.gpus else self.workers
-        return map_cases(function, items, workers=workers, names=names, beside=self.beside or needs.gpus > 0, stop=stop)
+        beside = self.beside or needs.gpus > 0
+        call = functools.partial(with_threads, needs.threads, function) if needs.threads else function
+        return map_cases(call, items, workers=workers, names=names, beside=beside, stop=stop)
 
     def close(self) -> None:
         """The workers end with this process."""
@@ -159,6 +162,14 @@ def _ray(address: str) -> Executor:
 
 
 EXECUTORS: dict[str, Callable[[str], Executor | None]] = {"local": _local, "ray": _ray}
+
+
+def with_threads(threads: int, function: Callable[[Item], Result], item: Item) -> Result:
+    """`function(item)` by that many threads of torch in a process of its own: sums are rounded as they are here."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return function(item)
 
 
 @contextlib.contextmanager

@@ -49,3 +49,10 @@ def unknown_choice(what: str, given: object, valid: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(str(given), names, n=1)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return f"{what} '{given}' is not known; choose one of {', '.join(names)}.{hint}"
+
+
+def listed(values: Iterable[object], most: int = 10) -> str:
+    """The values in a row; of many the first, and how many more there are."""
+    names = [str(value) for value in values]
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -145,11 +145,13 @@ class Architecture:
     context_slices: int = 1
     """Odd number of slices that are seen to label the middle one; the input is `halo` slices longer at each end."""
     head: str = "plain"
-    """Key of `networks.upsampling.HEADS`: plain (logits on the input grid), subpixel, implicit, filters."""
+    """plain: logits on the input grid; interpolating: those, interpolated; or a key of `networks.upsampling.HEADS`."""
     head_scale: Vector = (1.0, 1.0, 1.0)
     """Largest input spacing / output spacing along (z, y, x) that the head answers for."""
     image_channels: int = 0
     """Super-resolved image channels, which follow the class logits in the finest output; 0: no image head."""
+    image_body: str = dataclasses.field(default="shared", metadata=SPARSE)
+    """What the image comes from: "shared", the labels' features; "slices", a 2D U-Net of its own (`in_slices`)."""
     reference_channels: int = 0
     """Channels of an image on a grid of its own that joins through the fusion block; 0: none."""
     reference_scale: Vector = dataclasses.field(default=(1.0, 1.0, 1.0), metadata=SPARSE)
@@ -159,6 +161,21 @@ class Architecture:
     def halo(self) -> int:
         """Slices that the network reads before and after those it answers for."""
         return self.context_slices // 2
+
+    @property
+    def in_slices(self) -> Architecture:
+        """Of the network that brings an image up slice by slice: rows are axis 0, columns one axis of the plane."""
+        return dataclasses.replace(
+            self,
+            input_channels=self.image_channels,
+            output_channels=0,
+            kernels=tuple((1, z, min(y, x)) for z, y, x in self.kernels),
+            strides=tuple((1, z, min(y, x)) for z, y, x in self.strides),
+            deep_supervision=False,
+            head="subpixel",
+            head_scale=(1.0, self.head_scale[0], 1.0),
+            image_body="shared",
+        )
 
     @property
     def divisor(self) -> Shape:
@@ -225,7 +242,7 @@ class Configuration:
     sr_source: str = "none"
     """Where the fine truth comes from: none (no super-resolution); degraded (the store is fine, inputs are made by the
     forward model); paired (labels are finer than images); self (only thick slices: learned in the plane, applied
-    through the planes)."""
+    through the planes; labels of volumes from the thick ones, through the forward model)."""
     acquisition: Acquisition | None = None
     """The forward model, for sources `degraded` and `self` and for the consistency loss."""
 
@@ -256,9 +273,11 @@ class Configuration:
         """Orders of the network axes in which patches are seen: entry i is the axis that becomes patch axis i.
 
         One, the view's, but for self-supervision: it trains on slices in the plane, in which either axis may be the
-        one that is degraded (patch axis 1), and predicts slices through the planes, whose axis 1 is the thick one;
-        predictions of several frames are averaged.
+        one that is degraded, and predicts through the planes, where the thick axis takes its place: patch axis 1 of
+        slices, 0 of volumes. Predictions of several frames are averaged.
         """
+        if self.sr_source == "self" and self.topology == "3d":
+            return ((1, 0, 2), (2, 0, 1)) if training else ((0, 1, 2),)
         if self.sr_source == "self":
             return ((0, 1, 2), (0, 2, 1)) if training else ((1, 0, 2), (2, 0, 1))
         first, second = (axis for axis in range(3) if axis != self.view_axis)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 KINDS = ("fixed", "rule", "empirical")
 TOPOLOGIES = ("2d", "2.5d_stack", "2.5d_reduce", "3d")
 CONTEXTS = ("none", "stack", "reduce")
-HEADS = ("plain", "subpixel", "implicit", "filters")
+INTERPOLATING = "interpolating"
+HEADS = ("plain", INTERPOLATING, "subpixel", "implicit", "filters")
 SR_SOURCES = ("none", "degraded", "paired", "self")
 PROFILES = ("gauss", "rect", "sinc", "dirac")
 IMAGE_LOSSES = ("l1", "high_frequency", "perceptual", "consistency")
@@ -180,11 +181,18 @@ def _source_problem(c: Configuration) -> str | None:
         return "image_channels, sr_range and head_scale above 1 need a sr_source"
     if c.super_resolves and not refined:
         return f"sr_source '{c.sr_source}' needs a sr_scale above 1 along an axis, got {list(c.sr_scale)}"
-    if c.sr_source == "self" and (c.topology == "3d" or refined != [1] or c.view_axis):
+    volume = c.topology == "3d"
+    if c.sr_source == "self" and (refined != [0 if volume else 1] or c.view_axis):
         return (
-            "sr_source 'self' needs slices along axis 0 and a sr_scale above 1 along axis 1 alone, "
+            "sr_source 'self' needs a sr_scale above 1 along axis 0 of a volume or axis 1 of slices along axis 0, "
             f"got a {c.topology} configuration along axis {c.view_axis} with sr_scale {list(c.sr_scale)}"
         )
+    thick = c.sr_source == "self" and volume
+    if (c.architecture.head == INTERPOLATING) != thick:
+        return f"head '{INTERPOLATING}' is that of volumes with sr_source 'self', got '{c.architecture.head}'"
+    body = "slices" if thick and c.architecture.image_channels else "shared"
+    if c.architecture.image_body != body:
+        return f"image_body must be '{body}' here, got '{c.architecture.image_body}'"
     if c.sr_range is not None:
         largest = max(c.architecture.head_scale[axis] for axis in refined)
         if not c.sr_range[0] <= c.sr_range[1] <= largest + 1e-6:

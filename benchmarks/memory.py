@@ -20,6 +20,7 @@ from autoseg.experiment_planning.memory import PRECISIONS, StepMeter  # noqa: E4
 from autoseg.labels import Labels  # noqa: E402
 from autoseg.plan import Architecture, Shape  # noqa: E402
 from autoseg.training.settings import RECIPES  # noqa: E402
+from autoseg.training.shapes import Batch  # noqa: E402
 from autoseg.training.step import build_training, training_step  # noqa: E402
 
 CLASSES = Labels.from_json({"background": 0, "anterior": 1, "posterior": 2})
@@ -95,7 +96,7 @@ def measured_peak(step: Step) -> int:
         image = torch.randn(step.batch, step.channels, *step.patch)
         label = torch.randint(0, 2, (step.batch, 1, *step.patch), dtype=torch.int16)
         for _ in range(2):
-            training_step(state, image, label, precision=PRECISIONS[step.precision])
+            training_step(state, Batch(image, label), precision=PRECISIONS[step.precision])
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = highest = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

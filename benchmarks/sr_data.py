@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.acquisition import slice_weights
-from autoseg.dataset import RawDataset, read_case
+from autoseg.dataset import RawDataset
 from autoseg.experiment_planning.label_ceiling import coarse_label
 from autoseg.geometry import crop_grid, resample_grid
 from autoseg.image import Grid, Image, write_image
 from autoseg.metrics import dice, score_images
 from autoseg.plan import Acquisition, Vector
 from autoseg.preprocessing.resample import resample_image
+from autoseg.reading import read_case
 
 Array = NDArray[Any]
 

@@ -252,11 +252,15 @@ def arm_image(run: Run) -> list[Scored]:
     return [_score(run, run.degradation, trained, None, lambda case: _image(output, case))]
 
 
-def arm_self(run: Run) -> list[Scored]:
+def self_supervised(name: str) -> Callable[[Run], list[Scored]]:
     """Only thick slices are there, images and labels."""
-    spacing = ["--output-spacing", _text(run.cases[0].grid.spacing)]
-    trained = train(run, run.write("low"), "2d_sr", *spacing)
-    return [_score_predictions(run, trained, run.degradation, "--image")]
+
+    def arm(run: Run) -> list[Scored]:
+        spacing = ["--output-spacing", _text(run.cases[0].grid.spacing)]
+        trained = train(run, run.write("low"), name, *spacing)
+        return [_score_predictions(run, trained, run.degradation, "--image")]
+
+    return arm
 
 
 ARMS: dict[str, Callable[[Run], list[Scored]]] = {
@@ -269,7 +273,8 @@ ARMS: dict[str, Callable[[Run], list[Scored]]] = {
     "D-any": arm_d_any,
     "E": arm_e,
     "image": arm_image,
-    "self": arm_self,
+    "self": self_supervised("3d_sr"),
+    "self-2d": self_supervised("2d_sr"),
 }
 
 
@@ -494,10 +499,7 @@ class Steps:
         for number in range(COST_STEPS + 1):
             if number == 1:
                 began = time.perf_counter()
-            batch = self.batch
-            training_step(
-                self.state, batch.image, batch.label, precision=self.precision, truth=batch.truth, grid=batch.grid
-            )
+            training_step(self.state, self.batch, precision=self.precision)
         return (time.perf_counter() - began) / COST_STEPS
 
 

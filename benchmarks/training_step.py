@@ -63,6 +63,7 @@ def ours(batch: int, steps: int) -> list[float]:
     from autoseg.labels import Labels
     from autoseg.plan import Architecture
     from autoseg.training.settings import RECIPES
+    from autoseg.training.shapes import Batch
     from autoseg.training.step import build_training, training_step
 
     stages = len(FEATURES)
@@ -76,7 +77,7 @@ def ours(batch: int, steps: int) -> list[float]:
     times = []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        training_step(state, image, label, precision=autocast_dtype(torch.device("cpu")))
+        training_step(state, Batch(image, label), precision=autocast_dtype(torch.device("cpu")))
         times.append(time.perf_counter() - start)
     return times[1:]
 

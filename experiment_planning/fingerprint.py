@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.dataset import Case, RawDataset, read_case, require_foreground
+from autoseg.dataset import Case, RawDataset, require_foreground
 from autoseg.errors import AutosegError, DatasetError
 from autoseg.executor import map_cases
 from autoseg.files import read_json, write_json
@@ -37,6 +37,7 @@ from autoseg.image import Grid, Image
 from autoseg.labels import Labels
 from autoseg.plan import Shape, Vector
 from autoseg.preprocessing.resample import resample_onto
+from autoseg.reading import read_case
 from autoseg.typed_json import SPARSE, from_json, to_json
 
 FINGERPRINT_VERSION = 1

@@ -14,6 +14,7 @@ from autoseg.experiment_planning.fingerprint import Fingerprint
 from autoseg.experiment_planning.grid import GridRules
 from autoseg.experiment_planning.superresolution import SuperResolution
 from autoseg.plan import PreprocessingSettings, Shape, Vector
+from autoseg.plan_values import INTERPOLATING
 
 STACK = 3  # slices of a 2.5D network: one on each side
 DEEP_STACK = 5  # slices where the volumes are deep
@@ -55,6 +56,13 @@ class Form:
     def context(self) -> str:
         """How neighbouring slices enter; one of `plan_values.CONTEXTS`."""
         return CONTEXT_OF[self.topology]
+
+    @property
+    def head(self) -> str:
+        """One of `plan_values.HEADS`; from thick labels alone a residual of the logits could not be learned."""
+        if self.resolution is None:
+            return "plain"
+        return INTERPOLATING if self.resolution.source == "self" and self.dimensions == 3 else "subpixel"
 
     @property
     def halo(self) -> int:
@@ -156,10 +164,10 @@ def context_slices(name: str, fingerprint: Fingerprint, grid: GridRules) -> int:
 
 def super_resolved_volume(name: str, grid: GridRules, resolution: SuperResolution) -> Form:
     """3D at a fixed scale; at any scale where `name` ends so."""
-    if resolution.source == "self":
+    if resolution.source == "self" and (name != "3d_sr" or not resolution.segments):
         raise PlanError(
-            f"{name} needs images or labels as fine as its answer to learn from, there are thick slices alone; plan "
-            "2d_sr, which learns in the plane."
+            f"{name} needs {'images or labels' if resolution.segments else 'images'} as fine as its answer to learn "
+            f"from, there are thick slices alone; plan {' or '.join(resolution.names(3))}, which learns in the plane."
         )
     anywhere = name.endswith("_any")
     if anywhere and sum(s > 1 for s in resolution.scale) != 1:

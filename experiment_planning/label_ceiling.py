@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.acquisition import offset, slice_weights, slices
-from autoseg.dataset import Case, RawDataset, read_label
+from autoseg.dataset import Case, RawDataset
 from autoseg.executor import map_cases
 from autoseg.geometry import canonical_axes, turn_array
 from autoseg.labels import Labels
 from autoseg.metrics import dice
 from autoseg.plan import Acquisition, Vector
+from autoseg.reading import read_label
 
 CEILING_CASES = 20  # whose labels are brought down and up again: seconds, and close to the mean over all
 

@@ -134,20 +134,12 @@ class StepMeter:
 
         hook = self.state.optimizer.register_step_pre_hook(note_and_stop)
         with contextlib.suppress(_Stop):
-            training_step(
-                self.state,
-                batch.image,
-                batch.label,
-                precision=self.precision,
-                truth=batch.truth,
-                grid=batch.grid,
-                reference=batch.reference,
-            )
+            training_step(self.state, batch, precision=self.precision)
         hook.remove()
         # the first step ever runs without optimiser state, every later one with it
         made = _state_bytes(self.state) - state_before
         if self._update is None:
-            tensors = (batch.image, batch.label, batch.truth, batch.reference)
+            tensors = [t for part in batch.parts for t in (part.image, part.label, part.truth, part.reference)]
             data = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
             self._update = _Update(self.live.peak_bytes - bytes_before - made, self.live.bytes - data)
         return made + max(peak_before, bytes_before + self._update.transient_bytes)

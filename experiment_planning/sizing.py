@@ -19,6 +19,7 @@ from autoseg.experiment_planning.machine import MEMORY_SHARE, Machine
 from autoseg.experiment_planning.notes import Notes, sizes
 from autoseg.experiment_planning.topology import Topology
 from autoseg.plan import Architecture, Configuration, Shape, TrainingSettings
+from autoseg.plan_values import INTERPOLATING
 from autoseg.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Builder:
         labels, stages = self.fingerprint.labels, topology.stages
         channels = len(self.fingerprint.image_channels)
         segments = resolution is None or resolution.segments
+        restores = resolution is not None and resolution.restores_images
         return Architecture(
             input_channels=channels + (len(labels.names) if form.previous_stage else 0),
             output_channels=labels.output_channels if segments else 0,
@@ -88,9 +90,10 @@ class Builder:
             decoder_convs=(CONVS,) * (stages - 1),
             context=form.context,
             context_slices=form.context_slices,
-            head="plain" if resolution is None else "subpixel",
+            head=form.head,
             head_scale=form.head_scale,
-            image_channels=channels if resolution is not None and resolution.restores_images else 0,
+            image_channels=channels if restores else 0,
+            image_body="slices" if restores and form.head == INTERPOLATING else "shared",
             reference_channels=len(self.fingerprint.reference_channels),
             reference_scale=form.reference_scale,
         )

@@ -139,7 +139,7 @@ class SuperResolution:
 
     def names(self, dimensions: int) -> tuple[str, ...]:
         """The configurations that are planned for it where none is named."""
-        if self.source == "self" or dimensions == 2:
+        if dimensions == 2 or (self.source == "self" and not self.segments):
             return ("2d_sr",)
         return ("3d_sr_any",) if self.spread else ("3d_sr",)
 

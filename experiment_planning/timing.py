@@ -81,15 +81,7 @@ def _quickest_step(state: TrainingState, data: Batch) -> float:
     seconds: list[float] = []
     while len(seconds) <= PROBE_STEPS and sum(seconds[1:]) < PROBE_SECONDS:
         began = time.perf_counter()
-        loss = training_step(
-            state,
-            data.image,
-            data.label,
-            precision=precision,
-            truth=data.truth,
-            grid=data.grid,
-            reference=data.reference,
-        )
+        loss = training_step(state, data, precision=precision)
         loss.item()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])

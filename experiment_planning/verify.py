@@ -1,6 +1,6 @@
 """A raw dataset -> `VerifyReport`: is it sound, case by case; and a repaired copy of it where that is safe.
 
-Errors are what planning and preprocessing refuse, in the same words (`autoseg.dataset.read_case` makes those checks).
+Errors are what planning and preprocessing refuse, in the same words (`autoseg.reading.read_case` makes those checks).
 Warnings can be trained with, but somebody should have looked at them.
 """
 
@@ -30,11 +30,8 @@ from autoseg.dataset import (
     Case,
     Listing,
     RawDataset,
-    label_values,
     list_cases,
     main_image,
-    read_channels,
-    read_label,
 )
 from autoseg.errors import DatasetError
 from autoseg.executor import map_cases
@@ -42,6 +39,7 @@ from autoseg.experiment_planning.fingerprint import left_right_names
 from autoseg.files import PARTIAL, read_json, storage_error, write_json
 from autoseg.geometry import canonical_axes, orientation_code, turn_array
 from autoseg.image import Image, image_ending, read_grid, read_image, write_image
+from autoseg.reading import label_values, read_channels, read_label
 
 log = logging.getLogger(__name__)
 

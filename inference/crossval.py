@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoseg.checkpoint import checkpoint_id
-from autoseg.dataset import Case, RawDataset, read_case
+from autoseg.dataset import Case, RawDataset
 from autoseg.errors import AutosegError, CheckpointError, PlanError
 from autoseg.files import read_json, write_json
 from autoseg.image import Image, read_image, write_image
@@ -43,6 +43,7 @@ from autoseg.labels import Labels
 from autoseg.plan import Plan
 from autoseg.preprocessing.resample import resample_image
 from autoseg.preprocessing.store import Store
+from autoseg.reading import read_case
 from autoseg.workspace import CHECKPOINT, PICTURES, SCORED, SUMMARY, VALIDATION, Workspace
 
 __all__ = ["prepare_previous_stage", "validate_fold"]  # training a cascade needs both

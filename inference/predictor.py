@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autoseg.checkpoint import Checkpoint
-from autoseg.dataset import Case, RawDataset, check_overlap, read_case
+from autoseg.dataset import Case, RawDataset
 from autoseg.device import autocast_dtype, resolve_device
 from autoseg.errors import CheckpointError, DatasetError, PredictionError
 from autoseg.image import Grid, Image, Triple, image_ending
@@ -41,7 +41,9 @@ from autoseg.preprocessing.case import (
     find_units,
     preprocess_case,
 )
+from autoseg.preprocessing.degradation import as_acquired
 from autoseg.preprocessing.framed import turned
+from autoseg.reading import check_overlap, read_case
 from autoseg.workspace import CHECKPOINT, MODELS, SELECTION
 
 log = logging.getLogger(__name__)
@@ -203,7 +205,14 @@ class Model:
     def brought_back(
         self, answer: CaseAnswer, geometry: CaseGeometry, *, settings: PredictionSettings | None = None
     ) -> CaseAnswer:
-        """The labels' part of an answer on the network grid of `geometry` (the image's own): mean probabilities."""
+        """The labels' part of an answer on the grid of the image, whose `geometry` it is given: mean probabilities.
+
+        That is the network's input grid, but for images that are finer than it where the network refines: their voxels.
+        """
+        if self.configuration.super_resolves:
+            finest = zip(geometry.cropped.shape, answer.geometry.network_shape, geometry.network_shape, strict=True)
+            z, y, x = (max(least, min(own, asked)) for own, asked, least in finest)
+            geometry = replace(geometry, network_shape=(z, y, x))
         limit = (settings or self.settings).max_ram_bytes
         regions = self.plan.labels.has_regions
         logits = bring_logits(answer.logits, answer.geometry, geometry, regions=regions, max_ram_bytes=limit)
@@ -219,7 +228,7 @@ class Model:
         self.require_image_head()
         assert answer.answer.image is not None
         settings = input_settings(self.configuration, image)
-        units = find_units(image, find_geometry(image, settings), settings)
+        units = find_units(image, find_geometry(image, settings), settings, acquire=self._acquire)
         return export_image(answer.answer.image, answer.geometry, units, max_ram_bytes=max_ram_bytes)
 
     def require_image_head(self) -> None:
@@ -293,7 +302,10 @@ class Model:
 
     def preprocess(self, image: Image) -> PreprocessedCase:
         """The image on the grid that the network reads, with the way back."""
-        return preprocess_case(image, None, input_settings(self.configuration, image), None)
+        return preprocess_case(image, None, input_settings(self.configuration, image), None, acquire=self._acquire)
+
+    def _acquire(self, array: NDArray[Any], geometry: CaseGeometry) -> NDArray[Any]:
+        return as_acquired(array, geometry, self.configuration)
 
     def answer(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,10 @@ class CaseGeometry:
             raise StorageError(str(error)) from error
 
 
+Acquire = Callable[[NDArray[Any], CaseGeometry], NDArray[Any]]
+"""Cropped raw channels (C, Z, Y, X) and where they lie -> what another scanner would have made of them."""
+
+
 @dataclass(frozen=True)
 class PreprocessedCase:
     """A case on the network's grid."""
@@ -123,11 +127,13 @@ def preprocess_case(
     labels: Labels | None,
     *,
     geometry: CaseGeometry | None = None,
+    acquire: Acquire | None = None,
 ) -> PreprocessedCase:
     """A raw case on the network's grid; `labels` names the label's values, if known.
 
     `label` lies on the image's grid or on a finer one over the same extent; it is brought to `label_scale` times the
-    image's voxels. `geometry` is `find_geometry(image, settings, label)` where that is at hand.
+    image's voxels. `geometry` is `find_geometry(image, settings, label)` where that is at hand. `acquire` imitates
+    another acquisition before anything else is done with the voxels.
 
     Intensities are normalised before they are resampled, so that interpolation invents none that count. Raises
     DatasetError where the label's extent or the number of channels does not fit, or the grid does not fit into memory.
@@ -148,7 +154,7 @@ def preprocess_case(
         )
     geometry = geometry or find_geometry(image, settings, label)
     _check_size(geometry, image.channels)
-    cropped = _cut(image.array, geometry)
+    cropped = _acquired(image, geometry, acquire)
     nonzero = functools.lru_cache(maxsize=1)(lambda: _nonzero_mask(cropped))
     normalized = np.empty(cropped.shape, dtype=np.float32)
     for channel, result, how in zip(cropped, normalized, settings.image_normalization, strict=True):
@@ -259,10 +265,13 @@ def fine_geometry(geometry: CaseGeometry, scale: Vector) -> CaseGeometry:
 
 
 def find_units(
-    image: Image, geometry: CaseGeometry, settings: PreprocessingSettings
+    image: Image, geometry: CaseGeometry, settings: PreprocessingSettings, *, acquire: Acquire | None = None
 ) -> tuple[tuple[float, float] | None, ...]:
-    """For each channel (offset, factor) with which raw = offset + factor * normalised; None: it cannot be undone."""
-    cropped = _cut(image.array, geometry)
+    """For each channel (offset, factor) with which raw = offset + factor * normalised; None: it cannot be undone.
+
+    `acquire` as for `preprocess_case`.
+    """
+    cropped = _acquired(image, geometry, acquire)
     return tuple(
         intensity_units(channel, how) for channel, how in zip(cropped, settings.image_normalization, strict=True)
     )
@@ -294,6 +303,11 @@ def _cut(array: NDArray[Any], geometry: CaseGeometry) -> NDArray[Any]:
     """A view of `array` (C, Z, Y, X) on the original grid: turned and cropped."""
     inside = (slice(None), *geometry.box)
     return turn_array(array, geometry.permutation, geometry.flips)[inside]
+
+
+def _acquired(image: Image, geometry: CaseGeometry, acquire: Acquire | None) -> NDArray[Any]:
+    cropped = _cut(image.array, geometry)
+    return cropped if acquire is None else acquire(cropped, geometry)
 
 
 def _covers_another_extent(label: Image, image: Image) -> bool:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.acquisition import degrade, offset
+from autoseg.acquisition import degrade, offset, slice_weights
 from autoseg.errors import PlanError
 from autoseg.plan import Acquisition, Configuration, Shape, Vector
 from autoseg.plan_values import BIAS_CORRECTION
+from autoseg.preprocessing.case import CaseGeometry
 from autoseg.preprocessing.framed import FramedEntry, turned_back
 from autoseg.preprocessing.normalize import SMALLEST_SPREAD, late_limits
 from autoseg.preprocessing.store import Store, StoreEntry
@@ -37,6 +38,7 @@ SCALE_STEP = 0.125  # any-scale networks: moments are taken at multiples of it, 
 KNOWN_MOMENTS = 65536  # that a process remembers
 MASKED = "masked_zscore"
 INTERPOLATED = "dirac"  # the profile of inputs that imitate no scanner
+FINER = 1.3  # times as fine as what a network reads: from there on a scan is made as thick
 TOO_THICK = 1.3  # times as thick as the store's slices: as interpolation loses nothing below it (see the planner)
 
 
@@ -86,6 +88,24 @@ def degrade_entry(entry: StoreEntry, configuration: Configuration) -> DegradedIm
     image = np.stack(channels)
     clip_late(image, configuration)
     return DegradedImage(image, grid, moments)
+
+
+def as_acquired(image: NDArray[Any], geometry: CaseGeometry, configuration: Configuration) -> NDArray[Any]:
+    """Raw channels (C, Z, Y, X) as a scanner with the slices that the network reads would have given them.
+
+    Along the axes on which a network that was trained on degraded images refines, where those given are finer than what
+    it reads (FINER); elsewhere and for other networks as they are. float32 where anything was done.
+    """
+    if configuration.sr_source != "degraded" or _acquisition(configuration).profile == INTERPOLATED:
+        return image
+    scale = turned_back(configuration.sr_scale, configuration.frames(training=False)[0])
+    thick = image
+    for axis, (s, fine, slices) in enumerate(zip(scale, image.shape[1:], geometry.network_shape, strict=True)):
+        if s > 1 and fine > FINER * slices:
+            weights = slice_weights(fine, fine / slices, _acquisition(configuration), place=(slices, 0.0))
+            moved = np.tensordot(weights, thick.astype(np.float32, copy=False), axes=(1, axis + 1))
+            thick = np.moveaxis(moved, 0, axis + 1)
+    return thick
 
 
 def is_thick(entry: StoreEntry, configuration: Configuration) -> bool:

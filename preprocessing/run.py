@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoseg.dataset import Case, RawDataset, read_case
+from autoseg.dataset import Case, RawDataset
 from autoseg.errors import AutosegError, DatasetError, StorageError
 from autoseg.executor import Executor, Files, LocalExecutor, Needs
 from autoseg.files import storage_error
@@ -27,6 +27,7 @@ from autoseg.labels import Labels
 from autoseg.plan import PreprocessingSettings
 from autoseg.preprocessing.case import find_geometry, preprocess_case
 from autoseg.preprocessing.store import ANNOTATED, REFERENCE, Store, StoreEntry
+from autoseg.reading import read_case
 from autoseg.typed_json import to_json
 from autoseg.workspace import Workspace
 

@@ -13,17 +13,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from autoseg.dataset import (
-    Case,
-    RawDataset,
-    label_values,
-    list_cases,
-    read_case,
-    read_case_noting,
-    require_foreground,
-)
+from autoseg.dataset import Case, RawDataset, list_cases, require_foreground
 from autoseg.errors import DatasetError
 from autoseg.image import Grid, Image, read_image, to_itk, write_image
+from autoseg.reading import label_values, read_case, read_case_noting
 
 Factory = Callable[..., Path]
 

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 import autoseg.demo as demo
 from autoseg.cli import app
-from autoseg.dataset import RawDataset, read_case
+from autoseg.dataset import RawDataset
 from autoseg.demo import LABELS, run_demo, synthetic_case, write_synthetic_dataset
 from autoseg.errors import StorageError
 from autoseg.experiment_planning.sizing import Sizer
 from autoseg.experiment_planning.verify import verify_dataset
 from autoseg.geometry import canonical_axes, orientation_code, turn_array, turn_grid
 from autoseg.image import Image, read_image
+from autoseg.reading import read_case
 
 SHAPE = (10, 36, 36)
 

@@ -49,6 +49,7 @@ STAGE_MAY_IMPORT = {
 WORKER_MODULES = (
     "autoseg.executor",
     "autoseg.dataset",
+    "autoseg.reading",
     "autoseg.preprocessing.run",
     "autoseg.experiment_planning.fingerprint",
     "autoseg.experiment_planning.verify",

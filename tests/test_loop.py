@@ -518,6 +518,7 @@ TOPOLOGIES: dict[str, Configuration] = {
     "2d_sr": sr_configuration(scale=(1.0, 1.5, 2.0), patch_size=(1, 8, 4), training=EIGHT_STEPS),
     "2.5d_stack_sr": sr_configuration(patch_size=(1, 12, 12), slices=3, training=EIGHT_STEPS),
     "self": sr_configuration(source="self", scale=(1.0, 2.0, 1.0), patch_size=(1, 4, 8), training=EIGHT_STEPS),
+    "self, volumes": sr_configuration(source="self", patch_size=(4, 8, 8), training=EIGHT_STEPS),
     "image only": sr_configuration(segments=False, training=EIGHT_STEPS),
 }
 

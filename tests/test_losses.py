@@ -30,7 +30,7 @@ from autoseg.training.losses import (
     build_loss,
     first_filters,
 )
-from autoseg.training.shapes import fine_patch, paired_grid
+from autoseg.training.shapes import Batch, fine_patch, paired_grid
 
 IGNORED_REGIONS = Labels.from_json({"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2])
 SPARSE_VALUES = Labels.from_json({"background": 0, "liver": 7, "tumour": 3})
@@ -382,6 +382,26 @@ def test_a_label_of_thick_slices_says_where_the_larger_part_lies_and_no_more(lab
     assert answer(7) < answer(8) + 0.1 and answer(9) < answer(8) + 0.1  # most of each slice is still on its side
     assert answer(5) > answer(7) + 0.2 and answer(11) > answer(9) + 0.2  # a slice is mostly on the other side
     assert answer(0) > answer(5) and answer(16) > answer(11)
+
+
+def test_each_task_is_learned_alone_where_the_answer_or_the_label_of_the_other_is_missing() -> None:
+    configuration = sr_configuration(source="self", patch_size=(4, 8, 12))
+    network = build_network(configuration.architecture)
+    loss = build_loss(TWO_CLASSES, configuration.architecture, configuration=configuration)
+    image, grid = torch.randn(2, 1, 4, 8, 12), fine_patch((4, 8, 12), configuration.sr_scale).grid
+
+    def reached(part: Batch, outputs: list[Tensor]) -> tuple[bool, bool]:
+        """Whether labels' and image's network learn."""
+        network.zero_grad()
+        loss(outputs, part.label, part.truth, part.image, part.grid).backward()  # type: ignore[no-untyped-call]
+        assert network.image_body is not None
+        learned = [any(p.grad is not None for p in body.parameters()) for body in (network.encoder, network.image_body)]
+        return learned[0], learned[1]
+
+    thick = Batch(image, torch.randint(0, 3, (2, 1, 4, 8, 12)).short(), None, grid)
+    assert reached(thick, network(image, grid)) == (True, False)
+    plane = Batch(image, torch.zeros((2, 1, 0, 0, 0)).short(), torch.randn(2, 1, *grid.shape), grid)
+    assert reached(plane, [network.restore(image, grid, across=1)]) == (False, True)
 
 
 def test_a_step_of_thick_slices_teaches_the_fine_answer_through_the_forward_model() -> None:

@@ -104,6 +104,7 @@ CONFIGURATIONS = {
     "3d_sr_any": widened(sr_configuration(scale=(2.0, 1.0, 1.0), sr_range=(1.5, 3.5)), (6, 32, 32), 2),
     "2.5d_stack_sr": widened(sr_configuration(patch_size=(1, 12, 12), slices=3), (1, 64, 64), 4),
     "image only": widened(sr_configuration(segments=False), (6, 32, 32), 2),
+    "self, volumes": widened(sr_configuration(source="self", scale=(4.0, 1.0, 1.0)), (6, 32, 32), 2),
     "paired": widened(sr_configuration(source="paired", image=False), (6, 32, 32), 2),
 }
 
@@ -118,7 +119,7 @@ def recorded_peak(configuration):
         batch.image.normal_()
         for _ in range(2):
             precision = PRECISIONS["bf16"]
-            training_step(state, batch.image, batch.label, precision=precision, truth=batch.truth, grid=batch.grid)
+            training_step(state, batch, precision=precision)
     now = highest = 0
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_training import architecture
+from tiny_training import architecture, sr_configuration
 
 from autoseg.errors import PlanError
 from autoseg.networks import build_network
 from autoseg.networks.context import build_context
+from autoseg.networks.upsampling import OutputGrid, interpolate
 from autoseg.plan import Architecture
 
 
@@ -163,3 +164,31 @@ def test_an_unknown_block_is_refused_with_the_known_ones() -> None:
 def test_an_unknown_context_is_refused_with_the_known_ones() -> None:
     with pytest.raises(PlanError, match="'stak' is not known; choose one of none, reduce, stack. Did you mean 'stack'"):
         build_network(replace(architecture(), context="stak"))
+
+
+# ---- an image body of its own
+
+
+def test_an_image_of_slices_begins_as_interpolation_and_treats_both_axes_of_the_plane_alike() -> None:
+    network = build_network(sr_configuration(source="self", patch_size=(4, 8, 12)).architecture).eval()
+    image, grid = torch.randn(2, 1, 4, 8, 12), OutputGrid.of((4, 8, 12), (2.0, 1.0, 1.0))
+    classes = 3
+    torch.testing.assert_close(network(image, grid)[0][:, classes:], interpolate(image, grid))
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    fine, turned = network(image, grid)[0][:, classes:], grid.turned((0, 2, 1))
+    torch.testing.assert_close(network(image.mT, turned)[0][:, classes:], fine.mT, rtol=1e-4, atol=1e-4)
+    assert (fine - interpolate(image, grid)).abs().max() > 0.01
+    network.train()
+    assert network(image, grid)[0].shape == (2, classes, *grid.shape), "in training it is learned apart"
+
+
+def test_an_image_of_slices_does_not_see_beyond_its_slice() -> None:
+    network = build_network(sr_configuration(source="self", patch_size=(4, 8, 12)).architecture).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    image, grid = torch.randn(1, 1, 4, 8, 12), OutputGrid.of((4, 8, 12), (2.0, 1.0, 1.0))
+    other = image.clone()
+    other[:, :, :, 3] += 1
+    changed = (network.restore(image, grid, across=1) != network.restore(other, grid, across=1)).any(4).any(2)[0, 0]
+    assert changed.tolist() == [row == 3 for row in range(8)]

@@ -61,6 +61,7 @@ PLANNED: dict[str, Configuration] = {
     "3d_sr, implicit": changed(SR, head="implicit"),
     "3d_sr, filters, residual": changed(SR, head="filters", block="residual"),
     "3d_sr, image alone": sr_configuration(segments=False),
+    "3d_sr, self": sr_configuration(source="self", patch_size=(4, 8, 12)),
     "3d_sr_any": ANY_SCALE,
     "3d_sr_any, implicit": changed(ANY_SCALE, head="implicit"),
     "3d_sr_any, filters": changed(ANY_SCALE, head="filters"),

@@ -166,10 +166,17 @@ FINE_EDITS: list[tuple[dict[str, Any], str | None]] = [
     ({**PAIRED, "training.image_losses": ["consistency"]}, "'consistency' needs an acquisition"),
     ({"preprocessing.label_scale": [3.0, 1.0, 1.0]}, r"must be \[1.0, 1.0, 1.0\] for sr_source 'degraded'"),
     ({"preprocessing.label_scale": [0.5, 1.0, 1.0]}, "label_scale must be from 1 to 8"),
-    ({"sr_source": "self"}, "'self' needs slices .* got a 3d configuration"),
+    ({"sr_source": "self"}, "head 'interpolating' is that of volumes with sr_source 'self', got 'subpixel'"),
+    ({"architecture.head": "interpolating"}, "head 'interpolating' is that of volumes with sr_source 'self'"),
+    ({"sr_source": "self", "architecture.head": "interpolating"}, "image_body must be 'slices' here, got 'shared'"),
+    ({"architecture.image_body": "slices"}, "image_body must be 'shared' here, got 'slices'"),
+    (
+        {"sr_source": "self", "architecture.head": "interpolating", "architecture.image_body": "slices"},
+        None,
+    ),
     (
         {**FLAT, "architecture.strides": [[1, 1, 1], [1, 2, 2]], "sr_source": "self"},
-        r"a sr_scale above 1 along axis 1 alone, got .*\[3.0, 1.0, 1.0\]",
+        r"a sr_scale above 1 along .* axis 1 of slices .* got .*\[3.0, 1.0, 1.0\]",
     ),
     (
         {
@@ -208,18 +215,20 @@ def test_the_input_grid_of_a_degraded_source_is_coarser_than_its_store(fine_cont
 
 
 @pytest.mark.parametrize(
-    ("view", "source", "training", "prediction"),
+    ("topology", "view", "source", "training", "prediction"),
     [
-        (0, "none", [(0, 1, 2)], [(0, 1, 2)]),
-        (1, "none", [(1, 0, 2)], [(1, 0, 2)]),
-        (2, "degraded", [(2, 0, 1)], [(2, 0, 1)]),
-        (0, "self", [(0, 1, 2), (0, 2, 1)], [(1, 0, 2), (2, 0, 1)]),
+        ("2d", 0, "none", [(0, 1, 2)], [(0, 1, 2)]),
+        ("2d", 1, "none", [(1, 0, 2)], [(1, 0, 2)]),
+        ("2d", 2, "degraded", [(2, 0, 1)], [(2, 0, 1)]),
+        ("2d", 0, "self", [(0, 1, 2), (0, 2, 1)], [(1, 0, 2), (2, 0, 1)]),
+        ("3d", 0, "self", [(1, 0, 2), (2, 0, 1)], [(0, 1, 2)]),
     ],
 )
-def test_a_patch_has_its_view_first_and_self_supervision_turns_the_thick_axis_second(
-    view, source, training, prediction
+def test_a_patch_has_its_view_first_and_self_supervision_turns_an_axis_of_the_plane_into_the_place_of_the_thick_one(
+    topology, view, source, training, prediction
 ):
-    configuration = replace(small_plan(flat=True).configurations[0], view_axis=view, sr_source=source)
+    plain = small_plan(flat=True).configurations[0]
+    configuration = replace(plain, topology=topology, view_axis=view, sr_source=source)
     assert configuration.frames(training=True) == tuple(training)
     assert configuration.frames(training=False) == tuple(prediction)
 

@@ -22,13 +22,14 @@ from small_models import (
 )
 
 import autoseg
+from autoseg.acquisition import degrade
 from autoseg.checkpoint import Checkpoint
 from autoseg.errors import CheckpointError, DatasetError, PredictionError
 from autoseg.geometry import outer_faces, turn_array, turn_grid
 from autoseg.image import Grid, Image, write_image
 from autoseg.inference.predictor import Model, PredictionSettings, load_model, predict_network_grid
 from autoseg.networks import build_network
-from autoseg.plan import Normalization
+from autoseg.plan import Acquisition, Normalization
 from autoseg.workspace import CHECKPOINT
 
 
@@ -408,6 +409,32 @@ def test_on_the_native_grid_a_voxel_gets_the_class_of_the_largest_mean_probabili
     np.testing.assert_allclose(native.array[1, 1:], fine, atol=1e-3)
     plain = threshold_model()
     assert np.array_equal(plain.predict(image, native=True).array, plain.predict(image).array)
+
+
+def fine_image() -> Image:
+    """48 slices of 1 mm, noise: what interpolation makes of it is far from what thick slices would show."""
+    array = np.random.default_rng(0).uniform(50, 150, (1, 48, 9, 8)).astype(np.float32)
+    return Image(array, Grid((48, 9, 8), (1.0, 1.0, 1.0)))
+
+
+def test_a_scan_that_is_finer_than_the_network_reads_is_made_as_thick_as_in_training_first():
+    image, model = fine_image(), fine_threshold_model()
+    assert model.configuration.acquisition is not None and model.configuration.acquisition.profile == "gauss"
+    thick = degrade(torch.from_numpy(image.array), (4.0, 1.0, 1.0), model.configuration.acquisition).numpy()
+    np.testing.assert_allclose(model.preprocess(image).image, (thick - thick.mean()) / thick.std(), atol=1e-4)
+    fine = model.predict_image(image)
+    assert fine.grid == image.grid
+    np.testing.assert_allclose(fine.array, interpolated(thick, 4), rtol=1e-4)
+    merely_interpolated = replace(model.configuration, acquisition=Acquisition("dirac"))
+    other = replace(model, configuration=merely_interpolated).preprocess(image).image
+    assert np.abs(other - model.preprocess(image).image).max() > 1
+
+
+def test_a_scan_as_fine_as_the_answer_gets_it_voxel_by_voxel_on_its_native_grid():
+    image, model = fine_image(), fine_threshold_model()
+    labels, native = model.predict(image), model.predict(image, native=True)
+    assert labels.grid == native.grid == image.grid and len(np.unique(labels.array)) == 2
+    assert np.array_equal(native.array, labels.array)
 
 
 def test_a_real_super_resolving_network_predicts_in_tiles_what_it_predicts_at_once(tmp_path):

@@ -21,7 +21,7 @@ from tiny_training import architecture, preprocessed, tiny_configuration, tiny_p
 from torch import Tensor
 
 from autoseg.checkpoint import Checkpoint
-from autoseg.dataset import RawDataset, read_case
+from autoseg.dataset import RawDataset
 from autoseg.errors import DatasetError, PlanError, PredictionError
 from autoseg.experiment_planning.fingerprint import Fingerprint, extract_fingerprint, uniform_fingerprint
 from autoseg.experiment_planning.planner import plan_experiment
@@ -52,6 +52,7 @@ from autoseg.plan import (
 from autoseg.plan_values import check_plan
 from autoseg.preprocessing.case import preprocess_case
 from autoseg.preprocessing.store import REFERENCE, Store
+from autoseg.reading import read_case
 from autoseg.training import augment
 from autoseg.training.batches import Samples
 from autoseg.training.loop import train_fold

@@ -211,6 +211,8 @@ SHAPES: dict[str, Configuration] = {
     "in plane": sr_configuration(scale=(1.0, 1.5, 3.0), patch_size=(1, 12, 8)),
     "stack sr": sr_configuration(scale=(3.0, 1.0, 1.0), patch_size=(1, 12, 12), slices=3),
     "self": sr_configuration(scale=(1.0, 2.0, 1.0), source="self", patch_size=(1, 8, 12)),
+    "self, volumes": sr_configuration(source="self", patch_size=(4, 8, 12)),
+    "self, labels alone": sr_configuration(source="self", patch_size=(4, 8, 12), image=False),
     "paired": sr_configuration(source="paired", image=False),
     "image only": sr_configuration(segments=False),
 }
@@ -229,15 +231,18 @@ def test_samples_have_the_shapes_that_are_foretold_and_the_network_answers_on_th
         samples = samples_of(tmp_path, configuration, label, image=image, augment=augment)
         batch = collate([samples[0, i] for i in range(2)])
         blank = blank_batch(SHAPES[name].architecture, 2, configuration.patch_size, configuration=SHAPES[name])
-        assert (batch.image.shape, batch.label.shape) == (blank.image.shape, blank.label.shape)
-        assert (batch.truth is None) == (blank.truth is None)
-        assert batch.truth is None or blank.truth is None or batch.truth.shape == blank.truth.shape
-        assert batch.grid == blank.grid
-        assert (batch.label.dtype, batch.image.dtype) == (blank.label.dtype, blank.image.dtype)
+        thick = name.startswith("self, ") and not augment  # nothing is learned: the label is brought to the answer
+        assert thick or len(batch.parts) == len(blank.parts) == (2 if name == "self, volumes" else 1)
+        for part, expected in zip(batch.parts, blank.parts, strict=not thick):
+            assert part.image.shape == expected.image.shape and part.grid == expected.grid
+            assert part.label.shape == expected.label.shape or (thick and part.label.shape[2:] == (8, 8, 12))
+            assert (part.truth is None) == (expected.truth is None)
+            assert part.truth is None or expected.truth is None or part.truth.shape == expected.truth.shape
+            assert (part.label.dtype, part.image.dtype) == (expected.label.dtype, expected.image.dtype)
         network = build_network(SHAPES[name].architecture).eval()
         answer = network(batch.image, batch.grid)[0]
         classes = configuration.architecture.output_channels + configuration.architecture.image_channels
-        assert answer.shape == (2, classes, *batch.label.shape[2:])
+        assert answer.shape == (2, classes, *(batch.label.shape[2:] if batch.grid is None else batch.grid.shape))
 
 
 def test_without_a_configuration_a_network_is_shown_the_scale_of_its_head() -> None:
@@ -412,6 +417,36 @@ def test_every_second_step_of_self_supervision_sees_thick_slices_and_their_label
         else:
             assert sample.truth is not None and sample.label.shape == shape
             assert len(sample.label.unique()) == 1  # one slice, in its plane
+
+
+def test_self_supervised_volumes_are_labelled_thick_and_their_image_is_learned_in_slices_of_the_plane(
+    tmp_path: Path,
+) -> None:
+    thick = replace(STILL, image_losses=("l1",), rotate_out_of_plane=False)
+    configuration = sr_configuration(source="self", patch_size=(4, 16, 12), training=thick)
+    label = np.broadcast_to(np.arange(1, 21)[:, None, None], (20, 30, 30)).astype(np.int16)  # tells the slices apart
+    y = np.arange(30)[:, None]
+    fast_y = np.broadcast_to((-1.0) ** y, (20, 30, 30))  # alternates along y: gone once y is made thick
+    samples = samples_of(tmp_path, configuration, label, labels=MANY, image=fast_y[None], augment=True)
+    seen = set()
+    for step in range(20):
+        sample = samples[step, 0]
+        assert sample.truth is None and sample.label.shape == (1, 4, 16, 12) == sample.image.shape
+        assert sample.grid is not None and sample.grid.shape == (8, 16, 12)
+        shown = [set(one.unique().tolist()) - {0} for one in sample.label[0]]
+        assert all(len(one) <= 1 for one in shown), "slices are turned in their plane"
+        present = [one.pop() for one in shown if one]
+        assert present == list(range(present[0], present[0] + len(present)))
+        plane = sample.plane
+        assert plane is not None and plane.truth is not None and plane.grid is not None and not plane.label.numel()
+        # thick rows, slices, columns; of 16 pixels 8 slices
+        assert plane.image.shape == (1, 4, 8, 12) and plane.truth.shape == (1, *plane.grid.shape) == (1, 8, 8, 12)
+        made_thick = bool(plane.truth[0].diff(dim=0).abs().max() > 0.1)
+        assert bool(plane.truth[0].diff(dim=2).abs().max() > 0.1) == (not made_thick)
+        assert plane.truth[0].diff(dim=1).abs().max() < 1e-6, "axis 1 is the thick one of the scanner"
+        assert (plane.image.std() / plane.truth.std() < 0.5) == made_thick
+        seen.add(made_thick)
+    assert seen == {True, False}
 
 
 # ---- paired

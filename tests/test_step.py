@@ -13,7 +13,7 @@ from autoseg.labels import Labels
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Configuration, TrainingSettings
 from autoseg.training.settings import EMA_WIDTH, RECIPES, Recipe
-from autoseg.training.shapes import sample_shapes
+from autoseg.training.shapes import Batch, sample_shapes
 from autoseg.training.step import TrainingState, build_training, training_step, update_average
 
 ADAMW = Recipe("adamw", learning_rate=5e-3, weight_decay=1e-2, schedule="poly")
@@ -38,7 +38,7 @@ def training(recipe: Recipe, *, labels: Labels = TWO_CLASSES, flat: bool = False
 @pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_loss_falls_on_a_tiny_problem(recipe: Recipe, precision: torch.dtype | None) -> None:
     state, (image, label) = training(recipe), problem()
-    losses = [training_step(state, image, label, precision=precision).item() for _ in range(30)]
+    losses = [training_step(state, Batch(image, label), precision=precision).item() for _ in range(30)]
     assert losses[-1] < losses[0] - 0.5
     assert state.step == 30
 
@@ -46,13 +46,13 @@ def test_the_loss_falls_on_a_tiny_problem(recipe: Recipe, precision: torch.dtype
 @pytest.mark.parametrize(("labels", "flat"), [(REGIONS, False), (TWO_CLASSES, True)], ids=["regions", "2d"])
 def test_the_loss_falls_with_regions_and_in_2d(labels: Labels, flat: bool) -> None:
     state, (image, label) = training(ADAMW, labels=labels, flat=flat), problem()
-    losses = [training_step(state, image, label, precision=None).item() for _ in range(25)]
+    losses = [training_step(state, Batch(image, label), precision=None).item() for _ in range(25)]
     assert losses[-1] < losses[0] - 0.4
 
 
 def test_a_step_returns_a_number_without_a_graph_and_weights_stay_single_precision() -> None:
     state, (image, label) = training(ADAMW), problem()
-    loss = training_step(state, image, label, precision=torch.bfloat16)
+    loss = training_step(state, Batch(image, label), precision=torch.bfloat16)
     assert loss.shape == () and not loss.requires_grad
     assert all(p.dtype == torch.float32 for p in state.network.parameters())
 
@@ -61,7 +61,7 @@ def test_two_trainings_from_one_seed_are_bit_identical() -> None:
     states = training(ADAMW), training(ADAMW)
     for state in states:
         for _ in range(3):
-            training_step(state, *problem(), precision=None)
+            training_step(state, Batch(*problem()), precision=None)
     first, second = (state.predictor.state_dict() for state in states)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -70,7 +70,7 @@ def test_the_gradient_is_clipped_to_the_recipes_norm() -> None:
     gentle = replace(SGD, clip_norm=1e-3, momentum=0.0, weight_decay=0.0, learning_rate=1.0)
     gentle_state = training(replace(gentle, momentum=1e-12))
     before = [p.detach().clone() for p in gentle_state.network.parameters()]
-    training_step(gentle_state, *problem(), precision=None)
+    training_step(gentle_state, Batch(*problem()), precision=None)
     moved = torch.cat([(p - b).ravel() for p, b in zip(gentle_state.network.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
@@ -88,7 +88,7 @@ def test_predictions_come_from_averaged_weights_where_the_recipe_says_so() -> No
     assert state.predictor is state.ema and state.ema is not None
     assert not state.ema.training and not any(p.requires_grad for p in state.ema.parameters())
     for _ in range(40):
-        training_step(state, *problem(), precision=None)
+        training_step(state, Batch(*problem()), precision=None)
     pairs = list(zip(state.ema.parameters(), state.network.parameters(), strict=True))
     assert any(not torch.equal(average, now) for average, now in pairs)
     plain = training(SGD)
@@ -109,7 +109,7 @@ def test_the_average_window_is_a_share_of_the_steps_so_far() -> None:
 def test_every_recipe_of_the_settings_trains(name: str) -> None:
     state = training(RECIPES[name])
     image, label = problem()
-    losses = [training_step(state, image, label, precision=None).item() for _ in range(8)]
+    losses = [training_step(state, Batch(image, label), precision=None).item() for _ in range(8)]
     assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
 
 
@@ -136,7 +136,7 @@ def test_the_loss_of_super_resolution_falls(recipe: Recipe, terms: tuple[str, ..
     torch.manual_seed(0)
     state = build_training(configuration.architecture, TWO_CLASSES, recipe, configuration=configuration)
     image, label, truth, grid = fine_problem(configuration)
-    losses = [training_step(state, image, label, precision=None, truth=truth, grid=grid).item() for _ in range(25)]
+    losses = [training_step(state, Batch(image, label, truth, grid), precision=None).item() for _ in range(25)]
     assert losses[-1] < losses[0] - 0.5
     assert state.loss.weights.abs().min() > 1e-3  # type: ignore[union-attr,operator]  # both weights are learned
 
@@ -149,9 +149,7 @@ def test_an_image_alone_is_learned_and_any_grid_is_answered_on(precision: torch.
     for scale in (2.0, 2.5, 3.0):
         planned = replace(configuration, sr_scale=(scale, 1.0, 1.0), sr_range=None)
         image, label, truth, grid = fine_problem(planned)
-        losses = [
-            training_step(state, image, label, precision=precision, truth=truth, grid=grid).item() for _ in range(8)
-        ]
+        losses = [training_step(state, Batch(image, label, truth, grid), precision=precision).item() for _ in range(8)]
         assert losses[-1] < losses[0]
 
 
@@ -164,7 +162,7 @@ def test_the_loss_falls_on_slices_with_their_neighbours(context: str) -> None:
     label[..., 3:9, 3:9] = 1
     label[..., 5:7, 5:7] = 2
     image = label.float().expand(4, 1, 3, 12, 12) + 0.1 * torch.randn(4, 1, 3, 12, 12)
-    losses = [training_step(state, image, label, precision=None).item() for _ in range(25)]
+    losses = [training_step(state, Batch(image, label), precision=None).item() for _ in range(25)]
     assert losses[-1] < losses[0] - 0.4
 
 

@@ -262,7 +262,7 @@ def test_thick_slices_alone_learn_in_the_plane_where_labels_lose_by_it(ratio, c,
     assert (found is not None) == planned
     assert said in because
     if found is not None:
-        assert found.source == "self" and found.names(3) == ("2d_sr",)
+        assert found.source == "self" and found.names(3) == ("3d_sr",)
         assert found.output_spacing == (1.0, 1.0, 1.0) and found.input_spacing == (ratio, 1.0, 1.0)
         assert sorted(set(scales)) == [(1.0, 1.0, ratio), (1.0, ratio, 1.0)], "measured in the plane"
 
@@ -399,9 +399,21 @@ def test_planes_are_super_resolved_in_the_plane(counted):
     assert c.preprocessing.spacing == (None, 1.0, 1.0)
 
 
-def test_self_supervision_plans_slices_that_are_coarse_along_one_axis(counted):
+def test_self_supervision_plans_thick_volumes_with_an_image_of_their_slices(counted):
     fingerprint = dataset((12, 60, 60), (4.0, 1.0, 1.0))
     plan = plan_by_memory(fingerprint, ceiling=lambda scale: 0.8)
+    c = plan.configuration("3d_sr")
+    assert (c.sr_source, c.sr_scale, c.topology) == ("self", (4.0, 1.0, 1.0), "3d")
+    assert (c.architecture.head, c.architecture.image_body) == ("interpolating", "slices")
+    assert c.preprocessing.spacing == (4.0, 1.0, 1.0) and c.median_shape == (12, 60, 60)
+    assert "0.800" in " ".join(d.because for d in plan.decisions if d.name == "super_resolution")
+    labels = plan_by_memory(fingerprint, ceiling=lambda scale: 0.8, asked=Asked(task="segmentation", scale=(4.0,)))
+    assert labels.configuration("3d_sr").architecture.image_body == "shared"
+
+
+def test_self_supervised_slices_are_coarse_along_one_axis(counted):
+    fingerprint = dataset((12, 60, 60), (4.0, 1.0, 1.0))
+    plan = plan_by_memory(fingerprint, ceiling=lambda scale: 0.8, configurations=["2d_sr"])
     c = plan.configuration("2d_sr")
     assert (c.sr_source, c.sr_scale, c.topology) == ("self", (1.0, 4.0, 1.0), "2d")
     assert c.preprocessing.spacing == (4.0, 1.0, 1.0)
@@ -452,9 +464,9 @@ def test_a_case_that_is_thinner_than_one_input_slice_is_named():
     assert resolution is None and "Case scout" in because, "what nobody asked for is left out"
 
 
-@pytest.mark.parametrize("name", ["3d_sr", "3d_sr_any", "2.5d_stack_sr"])
-def test_only_slices_in_the_plane_learn_from_thick_slices_alone(name, counted):
-    with pytest.raises(PlanError, match=f"{name} needs images or labels as fine as its answer.*plan 2d_sr"):
+@pytest.mark.parametrize("name", ["3d_sr_any", "2.5d_stack_sr"])
+def test_neither_stacks_nor_any_scale_learn_from_thick_slices_alone(name, counted):
+    with pytest.raises(PlanError, match=f"{name} needs images or labels as fine as its answer.*plan 3d_sr"):
         plan_by_memory(dataset((12, 60, 60), (4.0, 1.0, 1.0)), configurations=[name], ceiling=lambda scale: 0.8)
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autoseg.dataset import RawDataset, label_values, read_case, read_case_noting
+from autoseg.dataset import RawDataset
 from autoseg.errors import DatasetError, StorageError
 from autoseg.experiment_planning import verify as verify_module
 from autoseg.experiment_planning.verify import VerifyReport, fix_dataset, verify_dataset
 from autoseg.geometry import turn_array, turn_grid
 from autoseg.image import Grid, Image, read_image, write_image
+from autoseg.reading import label_values, read_case, read_case_noting
 
 Factory = Callable[..., Path]
 

@@ -101,6 +101,7 @@ def sr_configuration(
     flat = patch_size[0] == 1
     topology = "3d" if not flat else "2d" if slices == 1 else "2.5d_stack"
     plain = tiny_configuration(patch_size=patch_size, training=training)
+    thick = source == "self" and not flat  # volumes: labels through the forward model, the image slice by slice
     largest = scale if sr_range is None else tuple(sr_range[1] if s > 1 else 1.0 for s in scale)
     network = replace(
         plain.architecture,
@@ -108,9 +109,10 @@ def sr_configuration(
         strides=((1, 1, 1), (1, 2, 2), (1, 2, 2)),
         context="none" if slices == 1 else "stack",
         context_slices=slices,
-        head="subpixel",
+        head="interpolating" if thick else "subpixel",
         head_scale=largest,  # type: ignore[arg-type]
         image_channels=1 if image else 0,
+        image_body="slices" if thick and image else "shared",
     )
     preprocessing = replace(
         plain.preprocessing,

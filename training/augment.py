@@ -256,7 +256,8 @@ def _intensity(configuration: Configuration) -> BasicTransform:
         (GammaTransform(p_invert_image=1.0, **gamma), 0.1),
         (GammaTransform(p_invert_image=0.0, **gamma), 0.3),
     ]
-    if configuration.architecture.image_channels:
+    architecture = configuration.architecture
+    if architecture.image_channels and architecture.image_body == "shared":
         # the image to answer with is in the input's units: with another brightness, contrast or gamma in the input
         # alone no network could know which, and a lower resolution would teach it an acquisition that there is not
         stages = []

@@ -24,7 +24,7 @@ from autoseg.plan import Configuration, Shape, Vector
 from autoseg.preprocessing.framed import FramedEntry
 from autoseg.preprocessing.store import Store, StoreEntry
 from autoseg.training.augment import Augmentation
-from autoseg.training.samples import SOURCES, Place, Sample
+from autoseg.training.samples import Place, Sample, build_source
 from autoseg.training.sampling import PatchSampler
 from autoseg.training.settings import CURRICULUM_STEPS, PREFETCH_BATCHES
 from autoseg.training.shapes import Batch, at_scale
@@ -74,7 +74,7 @@ class Samples(Dataset[Sample]):
         self.patch_size = configuration.patch_size
         self.previous = _entries_beside(self.sampler.entries, previous) if previous is not None else None
         self.augmentation = Augmentation(configuration, previous_labels=labels.values if previous is not None else ())
-        self.make = SOURCES[configuration.sr_source](configuration, self.augmentation, augment=augment)
+        self.make = build_source(configuration, self.augmentation, augment=augment)
 
     def __getitem__(self, position: tuple[int, int]) -> Sample:
         step, index = position
@@ -140,12 +140,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
     assert all(sample.grid == grid for sample in samples), "a batch has one scale"
     truths = [sample.truth for sample in samples if sample.truth is not None]
     references = [sample.reference for sample in samples if sample.reference is not None]
+    planes = [sample.plane for sample in samples if sample.plane is not None]
     return Batch(
         torch.stack([sample.image for sample in samples]),
         torch.stack([sample.label for sample in samples]),
         torch.stack(truths) if truths else None,
         grid,
         torch.stack(references) if references else None,
+        collate(planes) if planes else None,
     )
 
 

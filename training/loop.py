@@ -251,13 +251,7 @@ def _optimise(
             rate = state.recipe.learning_rate * learning_rate_factor(state.recipe.schedule, progress)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            truth = None if batch.truth is None else batch.truth.to(device)
-            image, label = batch.image.to(device), batch.label.to(device)
-            reference = None if batch.reference is None else batch.reference.to(device)
-            loss_of_step = training_step(
-                state, image, label, precision=precision, truth=truth, grid=batch.grid, reference=reference
-            )
-            losses.append(loss_of_step)
+            losses.append(training_step(state, batch.to(device), precision=precision))
             run.elapsed = clock() - began
             progress = limits.progress(state.step, run.elapsed)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from autoseg.acquisition import apply_along, slice_matrix
 from autoseg.errors import PlanError, unknown_choice
 from autoseg.labels import Labels
+from autoseg.networks import UNet
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Acquisition, Architecture, Configuration, Vector
 from autoseg.training.distributed import ALONE, World
@@ -218,6 +219,7 @@ IMAGE_LOSSES: dict[str, Callable[[Restoration], Tensor]] = {
     "perceptual": _perceptual,
     "consistency": _consistency,
 }
+LABELS, IMAGE = range(2)  # tasks, in the order of their weights
 WITHOUT_TRUTH = ("consistency",)  # terms for which no fine image need be known
 
 
@@ -263,21 +265,24 @@ class SuperResolutionLoss(nn.Module):
     ) -> Tensor:
         """What the network answers, finest first; label (B, 1, *fine), truth (B, I, *fine) and input -> scalar.
 
-        The finest answer holds the class logits, then the image. Without `grid` the answer covers the input's extent.
-        A label may lie on the input's grid, and truth may be unknown: the forward model brings the answer there.
+        The finest answer holds the class logits, then the image; of one that stands alone the other is not learned
+        (no logits where the label is empty). Without `grid` the answer covers the input's extent. A label may lie on
+        the input's grid, and truth may be unknown: the forward model brings the answer there.
         """
         finest = outputs[0].float()
-        logits, losses = finest[:, : self.classes], []
-        if self.classes:
+        classes = self.classes if label.numel() else 0
+        logits, losses = finest[:, :classes], {}
+        if classes:
             if label.shape[2:] != finest.shape[2:]:
                 logits = self._made_thick(logits, label.shape[2:], grid)
-            losses.append(self.segmentation([logits, *outputs[1:]], label) + 1)
-        if self.image_channels:
+            losses[LABELS] = self.segmentation([logits, *outputs[1:]], label) + 1
+        if finest.shape[1] > classes:
             assert image is not None, "an image is compared with the input"
-            losses.append(self._image(finest[:, self.classes :], truth, image, grid))
+            losses[IMAGE] = self._image(finest[:, classes:], truth, image, grid)
         if self.weights is None:
-            return losses[0]
-        return (torch.exp(-self.weights) * torch.stack(losses) + self.weights).sum()
+            return sum(losses.values(), start=finest.new_zeros(()))
+        weighted = [torch.exp(-self.weights[task]) * loss + self.weights[task] for task, loss in losses.items()]
+        return torch.stack(weighted).sum()
 
     def _made_thick(self, logits: Tensor, inputs: Sequence[int], grid: OutputGrid | None) -> Tensor:
         assert grid is not None and self.acquisition is not None, "self-supervision has both"
@@ -336,16 +341,19 @@ def build_loss(
         regions=labels.has_regions,
         scale=configuration.sr_scale if configuration is not None else architecture.head_scale,
         halo=architecture.halo,
-        acquisition=configuration.acquisition if configuration is not None else None,
+        acquisition=configuration.acquisition if configuration is not None else Acquisition(),
         filters=filters,
         world=world,
     )
 
 
-def first_filters(network: nn.Module, architecture: Architecture) -> Tensor:
+def first_filters(network: UNet, architecture: Architecture) -> Tensor:
     """The network's first filters of the image channels, (F, I, kz, ky, kx), detached; of stacks the middle slice's."""
-    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
+    body = network if network.image_body is None else network.image_body
+    first = next(module for module in body.modules() if isinstance(module, nn.Conv2d | nn.Conv3d))
     weight: Tensor = first.weight.detach().float()
+    if body is not network:  # of slices along axis 1
+        return weight[:, : architecture.image_channels].unsqueeze(3)
     weight = weight.unsqueeze(2) if weight.ndim == 4 else weight
     weight = weight.reshape(len(weight), architecture.input_channels, -1, *weight.shape[2:])
     return weight[:, : architecture.image_channels, weight.shape[2] // 2]

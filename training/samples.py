@@ -23,7 +23,7 @@ from autoseg.preprocessing.framed import FramedEntry
 from autoseg.preprocessing.store import REFERENCE
 from autoseg.training.augment import Augmentation, source_size
 from autoseg.training.sampling import inside_mask, read_moved, read_patch
-from autoseg.training.shapes import fine_patch, paired_grid
+from autoseg.training.shapes import fine_patch, paired_grid, plane_patch
 
 COVERED = 0.5  # share of a thick slice that must lie in the image; a slice with less is outside and zero, as a patch is
 SHIFTS = 4  # input voxels by which a patch may be moved to a place where the middles of input and label meet
@@ -42,6 +42,8 @@ class Sample(NamedTuple):
     """The output grid; None without super-resolution."""
     reference: Tensor | None = None
     """(R, Z', Y', X') float32: channels on a grid of their own, over just the extent of `image` without its halo."""
+    plane: Sample | None = None
+    """Slices in the plane, from which the image alone is learned; see `Batch`."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Degraded:
         return Sample(low, label[:, asked].contiguous(), shown, fine.grid, reference)
 
 
-class SelfSupervised(Degraded):
+class SelfSupervisedSlices(Degraded):
     """The store is thick: one step sees slices in whose plane one axis is degraded, the next slices through the planes.
 
     In the plane the fine truth is known. Through the planes, where the network will predict, only the thick image and
@@ -174,6 +176,61 @@ class SelfSupervised(Degraded):
         image, label = self.augmentation.flip(image, label)
         grid = fine_patch(self.patch, scale, halo=self.halo).grid
         return Sample(self.augmentation.disturb(image), label.contiguous(), None, grid)
+
+
+class SelfSupervisedVolumes:
+    """The store is thick: each step sees a volume of it for the labels, and slices in its plane for the image.
+
+    The thick label is all that is known of the labels, and the forward model brings the answer to it. The image is
+    learned where its truth is known: in the plane, of which either axis is made thick in turn by chance.
+    """
+
+    def __init__(self, configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> None:
+        assert configuration.acquisition is not None, "check_plan asks for one"
+        self.configuration, self.acquisition = configuration, configuration.acquisition
+        self.patch, self.channels = configuration.patch_size, configuration.architecture.image_channels
+        self.size = source_size(configuration) if augment else configuration.patch_size
+        self.masked = masked_channels(configuration)
+        self.augmentation, self.augment = augmentation, augment
+
+    def __call__(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
+        """See `Source`; without augmentation the label is brought to the output grid, and nothing is learned."""
+        place = draw(self.patch, frames=self.configuration.frames(training=False))
+        start = _around(place.start, self.patch, self.size)
+        image = _floats(read_patch(place.entry, "image", start, self.size))
+        label = _labels(_read_label(place.entry, start, self.size))
+        seed()
+        image, label = self.augmentation(image, label, augment=self.augment)
+        grid = fine_patch(self.patch, scale).grid
+        if not self.augment:
+            return Sample(image, _nearest(label, grid), None, grid)
+        plane = self._in_plane(draw, seed, scale) if self.channels else None
+        return Sample(image, label, None, grid, plane=plane)
+
+    def _in_plane(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
+        fine = fine_patch(plane_patch(self.patch, scale), scale)
+        place = draw(fine.source)
+        image = _floats(read_patch(place.entry, "image", place.start, fine.source, replicate=(0,)))
+        inside = torch.from_numpy(inside_mask(place.entry.shape, place.start, fine.source))
+        moments = input_moments(place.entry.entry, self.configuration, scale, frame=place.entry.frame)
+        seed()
+        seen, _ = self.augmentation.flip(torch.cat((image, inside)), inside.short())
+        image, inside = seen[:-1], seen[-1:]
+        channels = zip(image, self.masked, *moments, strict=True)
+        truth = torch.stack([centre(c, mean, masked=m) / float(std) for c, m, mean, std in channels])
+        low = thick_slices(truth, inside, scale, self.acquisition, random=True)
+        return Sample(low, _NO_LABEL, (truth * inside).contiguous(), fine.grid)
+
+
+_NO_LABEL = torch.zeros((1, 0, 0, 0), dtype=torch.int16)
+
+
+def _nearest(label: Tensor, grid: OutputGrid) -> Tensor:
+    """Labels (1, Z, Y, X) of an input's voxels -> on the grid: of the voxel that each lies in."""
+    for axis, (voxels, scale, start) in enumerate(grid.axes()):
+        where = ((torch.arange(voxels) + start + 0.5) / scale).floor().long().clamp(0, label.shape[axis + 1] - 1)
+        label = label.index_select(axis + 1, where)
+    return label
 
 
 def thick_slices(fine: Tensor, inside: Tensor, scale: Vector, acquisition: Acquisition, *, random: bool) -> Tensor:
@@ -280,7 +337,19 @@ def common_middle(start: int, size: int, finer: float, asked: int) -> tuple[int,
     return first, round(label_start(first))
 
 
-SOURCES: dict[str, type[Source]] = {"none": SameGrid, "degraded": Degraded, "self": SelfSupervised, "paired": Paired}
+SOURCES: dict[str, type[Source]] = {
+    "none": SameGrid,
+    "degraded": Degraded,
+    "self": SelfSupervisedSlices,
+    "paired": Paired,
+}
+
+
+def build_source(configuration: Configuration, augmentation: Augmentation, *, augment: bool) -> Source:
+    """The source of a configuration's samples: by `sr_source`, and for self-supervision by what its network sees."""
+    volumes = configuration.sr_source == "self" and configuration.topology == "3d"
+    make = SelfSupervisedVolumes if volumes else SOURCES[configuration.sr_source]
+    return make(configuration, augmentation, augment=augment)
 
 
 def _around(start: Sequence[int], patch: Shape, size: Shape) -> Shape:

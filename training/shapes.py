@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Architecture, Configuration, Shape, Vector
+from autoseg.plan_values import INTERPOLATING
 
 ROUNDING = 1e-6  # by which a product of a size and a scale may exceed a whole number and still be one
 
@@ -31,6 +32,23 @@ class Batch:
     """The output grid, the same for the whole batch; None without super-resolution."""
     reference: Tensor | None = None
     """(B, R, Z', Y', X') float32: channels on a grid of their own, over just the extent of `image` without its halo."""
+    plane: Batch | None = None
+    """Slices in the plane, one axis made thick along axis 0, from which the image alone is learned: no label."""
+
+    @property
+    def parts(self) -> tuple[Batch, ...]:
+        """What is answered one after another in a step."""
+        return (self,) if self.plane is None else (self, self.plane)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        plane = None if self.plane is None else self.plane.to(device)
+        image, label = self.image.to(device), self.label.to(device)
+        return Batch(image, label, moved(self.truth), self.grid, moved(self.reference), plane)
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,11 @@ def has_fine_image(architecture: Architecture, source: str) -> bool:
     return architecture.image_channels > 0 and source in ("degraded", "self")
 
 
+def plane_patch(patch: Shape, scale: Vector) -> Shape:
+    """Of slices in the plane, beside a patch of a thick volume: (thick rows, slices, columns), of about its extent."""
+    return (patch[0], max(1, round(patch[1] / scale[0])), patch[2])
+
+
 @dataclass(frozen=True)
 class SampleShapes:
     """What a training sample looks like, channels left out."""
@@ -89,24 +112,32 @@ class SampleShapes:
     grid: OutputGrid | None
     reference: Shape
     """Of the channels on a grid of their own, where there are any."""
+    plane: Shape | None = None
+    """Of the input of slices in the plane, where an image is learned from them."""
 
 
 def sample_shapes(
     architecture: Architecture, patch_size: Shape, *, configuration: Configuration | None = None
 ) -> SampleShapes:
-    """The shapes that `SOURCES` give for an input patch; of an any-scale network those of its largest scale.
+    """The shapes that `samples.SOURCES` give for an input patch; of an any-scale network those of its largest scale.
 
     Without a configuration, truth is taken to be degraded, at the head's scale.
     """
     if configuration is None:
-        source, scale = "none" if architecture.head == "plain" else "degraded", architecture.head_scale
+        source, scale = _SOURCE_OF.get(architecture.head, "degraded"), architecture.head_scale
     else:
         source, scale = configuration.sr_source, largest_scale(configuration)
     grid = output_grid(patch_size, scale, halo=architecture.halo, source=source)
     image = (patch_size[0] + 2 * architecture.halo, *patch_size[1:])
-    channels = architecture.image_channels if has_fine_image(architecture, source) else 0
     reference = architecture.reference_shape(patch_size, scale)
+    if source == "self" and architecture.head == INTERPOLATING:  # thick labels; the fine image is known in the plane
+        plane = plane_patch(patch_size, scale) if architecture.image_channels else None
+        return SampleShapes(image, patch_size, 0, grid, reference, plane)
+    channels = architecture.image_channels if has_fine_image(architecture, source) else 0
     return SampleShapes(image, patch_size if grid is None else grid.shape, channels, grid, reference)
+
+
+_SOURCE_OF = {"plain": "none", INTERPOLATING: "self"}  # where only an architecture is known
 
 
 def at_scale(configuration: Configuration, scale: float) -> Vector:
@@ -138,4 +169,14 @@ def blank_batch(
     truth = torch.zeros(fine, device=device) if shapes.truth_channels else None
     apart = (batch_size, architecture.reference_channels, *shapes.reference)
     reference = torch.zeros(apart, device=device) if architecture.reference_channels else None
-    return Batch(image, label, truth, shapes.grid, reference)
+    plane = None
+    if shapes.plane is not None:
+        fine = fine_patch(shapes.plane, shapes.grid.scale)
+        channels = architecture.image_channels
+        plane = Batch(
+            torch.zeros((batch_size, channels, *shapes.plane), device=device),
+            torch.zeros((batch_size, 1, 0, 0, 0), dtype=torch.int16, device=device),
+            torch.zeros((batch_size, channels, *fine.grid.shape), device=device),
+            fine.grid,
+        )
+    return Batch(image, label, truth, shapes.grid, reference, plane)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from autoseg.labels import Labels
 from autoseg.networks import UNet, build_network
-from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Architecture, Configuration
 from autoseg.training.distributed import ALONE, World
 from autoseg.training.losses import build_loss, first_filters
 from autoseg.training.settings import EMA_WIDTH, Recipe
+from autoseg.training.shapes import Batch
 
 
 @dataclass
@@ -82,33 +82,36 @@ def build_optimizer(network: nn.Module, recipe: Recipe, *, loss: nn.Module | Non
 
 def training_step(
     state: TrainingState,
-    image: Tensor,
-    label: Tensor,
+    batch: Batch,
     *,
     precision: torch.dtype | None,
-    truth: Tensor | None = None,
-    grid: OutputGrid | None = None,
-    reference: Tensor | None = None,
 ) -> Tensor:
     """Forward, backward, clip, update, average; of several processes each with its part of the batch.
 
-    Image (B, C, Z + 2 halo, Y, X) float32, label (B, 1, Z, Y, X) integer, both on the network's device; `precision` is
-    the autocast dtype or None for float32. For super-resolution the label and `truth` (B, I, *grid.shape) float32, if
-    there is one, lie on `grid`; `reference` (B, R, Z', Y', X') covers what the image does. Returns the loss (scalar,
-    detached); its mean over all processes is that of the batch.
+    The batch lies on the network's device; `precision` is the autocast dtype or None for float32. What is learned in
+    the plane comes after the rest, so that the activations of one are gone before those of the other are made. Returns
+    the loss (scalar, detached); its mean over all processes is that of the batch.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(image.device.type, dtype=precision, enabled=precision is not None):
-        outputs = state.network(image, grid, reference)
-    loss: Tensor = state.loss(outputs, label, truth, image, grid)
-    loss.backward()  # type: ignore[no-untyped-call]
+    total = torch.zeros((), device=batch.image.device)
+    for part in batch.parts:
+        with torch.autocast(part.image.device.type, dtype=precision, enabled=precision is not None):
+            if part is batch:
+                outputs = state.network(part.image, part.grid, part.reference)
+            else:
+                assert part.grid is not None, "what is learned in the plane has one"
+                outputs = [state.network.restore(part.image, part.grid, across=1)]
+        loss: Tensor = state.loss(outputs, part.label, part.truth, part.image, part.grid)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+        del outputs, loss
     state.world.average_gradients([*state.network.parameters(), *state.loss.parameters()])
     nn.utils.clip_grad_norm_(state.network.parameters(), state.recipe.clip_norm)
     state.optimizer.step()
     state.step += 1
     if state.ema is not None:
         update_average(state.ema, state.network, step=state.step)
-    return loss.detach()
+    return total
 
 
 @torch.no_grad()

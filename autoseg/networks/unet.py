@@ -25,7 +25,8 @@ class UNet(nn.Module):
     A network whose kernels and strides are all 1 along z is built from 2D layers; it takes the slices of a volume
     as a batch, so input and output are (B, C, Z, Y, X) for every topology. In 2.5D a context brings the neighbouring
     slices into each slice's channels first. A super-resolving network has an up head that brings the last features
-    to the output grid, and a reference image joins there through a fusion block.
+    to the output grid, and a reference image joins there through a fusion block. A network that learns from thick
+    volumes alone has a second body for their slices, which makes the image.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -73,10 +74,18 @@ class UNet(nn.Module):
             self.heads.append(CONVOLUTIONS[self.dimensions](a.features[0], a.output_channels, 1))
         self.up_head = build_head(a, dimensions=self.dimensions)
         self.fusion = ReferenceFusion(a, dimensions=self.dimensions) if a.reference_channels else None
+        self.super_resolves = a.head != "plain"
+        self.image_body = UNet(a.in_slices) if a.image_body == "slices" else None
         self.apply(_initialise)
+        self._begin_with_interpolation()
+
+    def _begin_with_interpolation(self) -> None:
+        """What is added to the interpolated answer is zero."""
         for added in (self.up_head, self.fusion):
             if added is not None:
                 added.last.zero()
+        if self.image_body is not None:
+            self.image_body._begin_with_interpolation()
 
     def forward(
         self,
@@ -91,16 +100,21 @@ class UNet(nn.Module):
         A super-resolving network answers on `grid` first: (B, K + I, *grid.shape), float32, class logits, then image;
         what deep supervision adds are the logits on the input grid and those of the coarser stages. Without a grid it
         answers at its own scale over the whole input. A plain network heeds no grid. A network with reference channels
-        needs the reference (B, R, *reference_grid.shape); without a grid it covers what the input does.
+        needs the reference (B, R, *reference_grid.shape); without a grid it covers what the input does. A network with
+        an image body answers with logits alone in training mode: its image is learned apart (`restore`).
         """
         features, logits = self._on_input_grid(x)
-        if self.up_head is None and self.fusion is None:
+        if not self.super_resolves and self.fusion is None:
             return logits
         image = x[:, : self.image_channels, self.halo : x.shape[2] - self.halo]
-        if grid is None or self.up_head is None:
+        if grid is None or not self.super_resolves:
             depth, height, width = image.shape[2:]
             grid = OutputGrid.of((depth, height, width), self.head_scale)
-        parts = [interpolate(part.float(), grid) for part in (*logits[:1], image) if part.shape[1]]
+        parts = [interpolate(part.float(), grid) for part in logits[:1]]
+        if self.image_channels and self.image_body is None:
+            parts.append(interpolate(image.float(), grid))
+        elif self.image_channels and not self.training:
+            parts.append((self.restore(image, grid, across=1) + self.restore(image, grid, across=2)) / 2)
         finest = torch.cat(parts, dim=1)
         if self.up_head is not None and max(grid.scale) > 1:  # at scale 1 there is nothing to add
             finest = finest + self.up_head(features, grid)
@@ -108,8 +122,19 @@ class UNet(nn.Module):
             if reference is None:
                 raise ValueError("This network needs a reference image, and none was given.")
             finest = finest + self.fusion(features, reference, reference_grid or covering(reference, image), grid)
-        coarser = logits if self.up_head is not None else logits[1:]
+        coarser = logits if self.super_resolves else logits[1:]
         return [finest, *coarser] if self.training and self.deep_supervision else [finest]
+
+    def restore(self, image: Tensor, grid: OutputGrid, *, across: int) -> Tensor:
+        """Thick volume (B, I, Z, Y, X) -> its fine image (B, I, *grid.shape), float32, by the image body.
+
+        In slices across axis `across`, 1 or 2, which hold the thick axis 0 and the other one.
+        """
+        assert self.image_body is not None, "the architecture has one"
+        order = (across, 0, 3 - across)
+        turned = image.permute(0, 1, *(axis + 2 for axis in order))
+        (fine,) = self.image_body(turned, grid.turned(order))
+        return fine.permute(0, 1, *(order.index(axis) + 2 for axis in range(3)))
 
     def _on_input_grid(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last features and the logits of the scored decoder stages, finest first, all (B, ..., Z, Y, X)."""

@@ -19,6 +19,7 @@ from autoseg.acquisition import apply_along, interpolation_matrix, positions
 from autoseg.errors import PlanError, unknown_choice
 from autoseg.networks.blocks import LEAKY_SLOPE, GridConv
 from autoseg.plan import Architecture, Shape, Vector
+from autoseg.plan_values import INTERPOLATING
 
 PREDICTOR_WIDTH = 32  # hidden units of the network that predicts filters
 LEAST_FILTERS = 4  # that predicted filters are mixed from
@@ -48,6 +49,11 @@ class OutputGrid:
     def axes(self) -> list[tuple[int, float, float]]:
         """Output voxels, scale and start of each axis."""
         return list(zip(self.shape, self.scale, self.start, strict=True))
+
+    def turned(self, order: Sequence[int]) -> OutputGrid:
+        """The same grid of an input whose axis i was axis `order[i]`."""
+        shape, scale, start = zip(*(self.axes()[axis] for axis in order), strict=True)
+        return OutputGrid(shape, scale, start)
 
     def without(self, axes: Sequence[int], inputs: Sequence[int]) -> OutputGrid:
         """The grid with these axes left as they are in an input of shape (z, y, x)."""
@@ -192,6 +198,7 @@ def _whole(scale: Vector) -> Shape:
     return (z, y, x)
 
 
+WITHOUT_RESIDUAL = ("plain", INTERPOLATING)
 HEADS: dict[str, type[UpHead]] = {
     "subpixel": SubpixelHead,
     "implicit": ImplicitHead,
@@ -200,11 +207,11 @@ HEADS: dict[str, type[UpHead]] = {
 
 
 def build_head(architecture: Architecture, *, dimensions: int) -> UpHead | None:
-    """The up head of an architecture; None for the plain head, which has none. Raises PlanError for an unknown one."""
-    if architecture.head == "plain":
+    """The up head of an architecture; None where there is no residual to add. Raises PlanError for an unknown one."""
+    if architecture.head in WITHOUT_RESIDUAL:
         return None
     if architecture.head not in HEADS:
-        raise PlanError(unknown_choice("Head", architecture.head, ("plain", *HEADS)))
+        raise PlanError(unknown_choice("Head", architecture.head, (*WITHOUT_RESIDUAL, *HEADS)))
     outputs = architecture.output_channels + architecture.image_channels
     return HEADS[architecture.head](
         architecture.features[0], outputs, scale=architecture.head_scale, dimensions=dimensions

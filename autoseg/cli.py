@@ -372,7 +372,7 @@ def train_fold(
             progress=progress,
         )
     if evaluation is None:
-        screen.say("Every case was trained on, so none is held out to be scored.")
+        screen.say("No case is held out, so none is scored.")
         return DONE
     screen.say(evaluation.table())
     return complain(screen, evaluation.problems())

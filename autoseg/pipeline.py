@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCK_TRIES = 10  # seconds that a training which is being ended may still hold its fold
+WORKER_MODULES = ("autoseg.preprocessing.run", "SimpleITK", "scipy.ndimage", "blosc2")  # that read and preprocess
 PATIENCE_SECONDS = 2.0  # that the last cases may take of fewer workers, before all of them start again
 
 
@@ -96,7 +97,7 @@ def plan_and_preprocess(
     case: patient, or "prefix" for cases whose names differ in their last part alone. `folds` is a file of folds, such
     as nnU-Net's splits_final.json, that is taken as it is. Raises DatasetError, PlanError, StorageError.
     """
-    start_workers(workers)  # they import while this process does
+    start_workers(workers, modules=WORKER_MODULES)  # they import while this process does
     if not keep_plan:
         # sizing networks needs torch, whose import takes as long as measuring a small dataset: one beside the other
         threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
@@ -250,7 +251,7 @@ def _beside(
         finally:
             ended.set()
     if not filling.result():
-        start_workers(workers)
+        start_workers(workers, modules=WORKER_MODULES)
 
 
 def _fingerprint_before(place: Workspace) -> Fingerprint | None:
@@ -567,11 +568,12 @@ def validate(
     workers: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation | None:
-    """Predict and score the cases that a trained fold held out, or some of them; None for fold `all`, without any."""
+    """Predict and score the cases that a trained fold held out, or some of them; None for a fold without any."""
+    from autoseg.inference.cascade import held_out_cases
     from autoseg.inference.crossval import validate_fold
     from autoseg.training.folds import ALL
 
-    if fold == ALL:
+    if fold == ALL or (fold.isdigit() and held_out_cases(workspace.folds)[int(fold) :][:1] == [[]]):
         return None
     if not is_of_split(plan, configuration, fold, workspace=workspace):
         raise CheckpointError(

@@ -29,6 +29,7 @@ TASKS = ("joint", "segmentation", IMAGES_ALONE)
 
 SNAP = 0.05  # a scale so close to a whole number, relative to it, takes that
 SMALLEST_SCALE = 1.3  # below it interpolation loses nothing that a network could give back
+ROUNDING = 1e-9
 AUTOMATIC_SCALE = 4.0  # the largest that is planned without being asked for
 SHOWN_SCALE = 6.0  # Dual-ArbNet trains and tests up to it and calls more out of distribution
 SMALLEST_ANY_SCALE = 1.5  # of an any-scale network (Dual-ArbNet's)
@@ -490,7 +491,7 @@ def _scale_on_network(asked: Asked, fingerprint: Fingerprint, grid: GridRules) -
 def _finest_truth(question: _Question, wanted: Vector) -> Vector:
     """The output grid where none is given: the dataset's, or that of its fine cases where the inputs are the median."""
     data = question.grid.spacing
-    if wanted[0] / data[0] >= SMALLEST_SCALE:
+    if _pays(wanted[0] / data[0]):
         return data
     fine = question.fine_cases(wanted[0])
     if not fine:
@@ -512,7 +513,12 @@ def _scale_of(input_mm: float, output_mm: float, *, explicit: bool) -> float:
             f"From {input_mm:g} mm to {output_mm:g} mm is a scale of {scale:g}, the limit is {LARGEST_SCALE:g}; ask "
             f"for an output of {input_mm / LARGEST_SCALE:g} mm or coarser."
         )
-    return scale if scale >= SMALLEST_SCALE else 1.0
+    return scale if _pays(scale) else 1.0
+
+
+def _pays(scale: float) -> bool:
+    """Whether a scale is large enough; a ratio of spacings is rounded."""
+    return scale >= SMALLEST_SCALE * (1 - ROUNDING)
 
 
 def _check_consistent(wanted: Vector, output: Vector, scale: Vector) -> None:
@@ -527,7 +533,7 @@ def _label_scale(question: _Question) -> Vector:
     """Image by label spacing of the median case, along the network axes; snapped, 1 below the smallest scale."""
     median = np.median([case.label_scale for case in question.fingerprint.cases], axis=0)
     found = [snap(float(median[axis])) for axis in question.grid.axis_order]
-    return _vector([s if s >= SMALLEST_SCALE else 1.0 for s in found])
+    return _vector([s if _pays(s) else 1.0 for s in found])
 
 
 def _along(axis: int, scale: float) -> Vector:

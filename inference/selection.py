@@ -124,7 +124,14 @@ class Selection:
     @classmethod
     def load(cls, path: Path) -> Selection:
         """Read `selection.json`. Raises PlanError naming the file and the value at fault."""
-        return from_json(cls, read_json(path, error=PlanError, what="selection"), where=str(path))
+        content = read_json(path, error=PlanError, what="selection")
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != SELECTION_VERSION:
+            raise PlanError(
+                f"{path}: selection version {version} cannot be read, this autoseg reads version {SELECTION_VERSION}; "
+                "delete the file and let `autoseg run` choose again."
+            )
+        return from_json(cls, content, where=str(path))
 
 
 # ---- the story

@@ -189,6 +189,15 @@ def test_an_unknown_configuration_or_fold_names_the_ones_there_are(finished: Pat
     train(finished, fold="7").refused("0 to 4", "all")
 
 
+def test_a_fold_that_holds_nothing_out_is_trained_and_not_scored(copy: Path) -> None:
+    path = copy / "ws" / NAME / "folds.json"
+    first, second, *others = json.loads(path.read_text())
+    path.write_text(json.dumps([first, {"train": sorted(second["train"] + second["val"]), "val": []}, *others]))
+    answer = train(copy, "--steps", 1, fold="1")
+    assert answer.status == 0, answer.errors
+    assert "No case is held out, so none is scored." in answer.errors + answer.out
+
+
 def test_an_unknown_device_is_refused(finished: Path) -> None:
     train(finished, "--device", "gpu", fold="1").refused("gpu", "cpu", "cuda")
 

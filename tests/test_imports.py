@@ -22,6 +22,7 @@ LAYERS = (
     {"files", "typed_json", "units", "locks", "charts", "page", "integrity", "executor", "cluster", "device", "extras"},
     {"geometry", "image", "labels"},
     {"dataset", "plan", "plan_values", "acquisition"},
+    {"reading"},
     {"workspace", "networks", "metrics", "forecast"},
     {"checkpoint"},
 )

@@ -259,7 +259,7 @@ def test_the_names_that_a_plan_may_hold_are_those_that_the_stages_know():
 
     assert sorted(BLOCKS) == sorted(blocks.BLOCKS)
     assert sorted(CONTEXTS) == sorted(context.CONTEXTS)
-    assert sorted(HEADS) == sorted(["plain", *upsampling.HEADS])
+    assert sorted(HEADS) == sorted([*upsampling.WITHOUT_RESIDUAL, *upsampling.HEADS])
     assert sorted(PROFILES) == sorted(acquisition.PROFILES)
     assert sorted(RECIPES) == sorted(settings.RECIPES)
     assert sorted(SCHEMES) == sorted(normalize.NORMALIZERS)

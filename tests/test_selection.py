@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +224,10 @@ def test_a_selection_is_read_as_it_was_written(tmp_path):
     selection = Trained(tmp_path, {"a": {"plain": wrong_in(0.1, seed=1)}}).select()
     selection.save(tmp_path / "selection.json")
     assert Selection.load(tmp_path / "selection.json") == selection
+    content = json.loads((tmp_path / "selection.json").read_text())
+    (tmp_path / "selection.json").write_text(json.dumps({**content, "version": 1}))
+    with pytest.raises(PlanError, match=r"selection\.json: selection version 1 cannot be read, .* choose again"):
+        Selection.load(tmp_path / "selection.json")
 
 
 def test_without_a_case_that_all_predicted_there_is_nothing_to_choose(tmp_path):

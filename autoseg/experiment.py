@@ -135,11 +135,11 @@ def run(
 
     `seconds` is the time for everything, that of runs before which were ended too; it is divided over the folds that
     are left, anew for each of them. `asked` are the grids of super-resolution. `steps` trains each fold for so many
-    steps instead. Without either the plan's own length of a fold holds. Candidates that are beaten are trained no
-    further. `on_rows` is told how every fold stands and which is trained next. Cases are preprocessed and folds are
-    trained by the `executor`, by default on this machine. `stop` is asked after each step and each part: when it says
-    yes the run ends where it is, to be started again. Raises what the parts raise, and StorageError where another run
-    works in the workspace.
+    steps instead. Without either the plan's own length of a fold holds. A plan that is there stays, unless something
+    else is asked for. Candidates that are beaten are trained no further. `on_rows` is told how every fold stands and
+    which is trained next. Cases are preprocessed and folds are trained by the `executor`, by default on this machine.
+    `stop` is asked after each step and each part: when it says yes the run ends where it is, to be started again.
+    Raises what the parts raise, and StorageError where another run works in the workspace.
     """
     began, timed = clock(), seconds is not None and steps is None
     dataset_root, trainers = Path(dataset_root).resolve(), executor or LocalExecutor(workers)
@@ -157,6 +157,7 @@ def run(
             drop_broken=drop_broken,
             group_by=group_by,
             folds=folds,
+            reuse_plan=seconds is None,
             device=device,
             workers=workers,
             executor=executor,

@@ -79,6 +79,7 @@ def plan_and_preprocess(
     drop_broken: bool = False,
     replan: bool = False,
     keep_plan: bool = False,
+    reuse_plan: bool = False,
     group_by: str | None = None,
     folds: Path | None = None,
     device: str = "auto",
@@ -93,7 +94,8 @@ def plan_and_preprocess(
 
     `drop_broken` leaves broken cases out instead of refusing the dataset. A
     plan that would change under trained models is refused unless `replan`, which puts them aside. `keep_plan`
-    preprocesses for the plan.json that is there. `group_by` names what must not be parted by a fold: a JSON file of
+    preprocesses for the plan.json that is there; `reuse_plan` where that was made of this very dataset and answers
+    what is asked. `group_by` names what must not be parted by a fold: a JSON file of
     case: patient, or "prefix" for cases whose names differ in their last part alone. `folds` is a file of folds, such
     as nnU-Net's splits_final.json, that is taken as it is. Raises DatasetError, PlanError, StorageError.
     """
@@ -134,6 +136,7 @@ def plan_and_preprocess(
             configurations=configurations,
             asked=asked,
             replan=replan,
+            reuse=reuse_plan,
             workers=workers,
             drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
             group_by=group_by,
@@ -157,6 +160,7 @@ def _plan(
     configurations: Sequence[str] | None,
     asked: Asked | None,
     replan: bool,
+    reuse: bool,
     workers: int,
     drop_cases: Sequence[str],
     group_by: str | None,
@@ -183,9 +187,9 @@ def _plan(
         before=_fingerprint_before(place),
         trained=bool(_trained(place)) and not replan,
     )
-    kept = None if replan else _plan_of_models(place)
+    kept = None if replan else Plan.load(place.plan) if reuse and place.plan.exists() else _plan_of_models(place)
     if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
-        log.info("%s: folds are trained by this plan and nothing that was asked differs; it stays.", place.plan)
+        log.info("%s: nothing that was asked differs from this plan; it stays.", place.plan)
         if folds:  # the file was deleted
             write_folds(place.folds, folds)
         return kept, ()

@@ -33,6 +33,7 @@ from autoseg.inference.halving import LEAST_CASES
 from autoseg.inference.predictor import load_model
 from autoseg.inference.rungs import Length, Rung
 from autoseg.inference.selection import Selection
+from autoseg.pipeline import plan_and_preprocess
 from autoseg.plan import Plan, TrainingSettings
 from autoseg.preprocessing.store import Store
 from autoseg.training.folds import Fold
@@ -370,6 +371,22 @@ def test_a_fold_that_holds_nothing_out_is_refused_before_anything_is_trained(dat
     with pytest.raises(PlanError, match=r"folds\.json: fold 1 holds out no case"):
         run(dataset, workspace=tmp_path / "ws", device="cpu")
     assert not (Workspace.of(dataset, tmp_path / "ws")).models.exists()
+
+
+def test_a_plan_that_is_there_is_run_as_it_is(tiny_dataset, tmp_path):
+    dataset = tiny_dataset(cases=3)
+    place = Workspace.of(dataset, tmp_path / "ws")
+    made = plan_and_preprocess(dataset, workspace=tmp_path / "ws", gpu_memory_bytes=10**9, fold_seconds=60.0).plan
+    edited = replace(made, configurations=tuple(replace(c, batch_size=c.batch_size + 1) for c in made.configurations))
+    edited.save(place.plan)
+    run(dataset, workspace=tmp_path / "ws", device="cpu", stop=lambda: True)
+    assert Plan.load(place.plan) == edited
+    run(dataset, workspace=tmp_path / "ws", gpu_memory_bytes=2 * 10**9, device="cpu", stop=lambda: True)
+    assert Plan.load(place.plan).budget.gpu_memory_bytes == 2 * 10**9, "something else was asked for"
+    place.plan.write_text("{}")
+    with pytest.raises(PlanError, match=r"plan\.json: plan version None cannot be read"):
+        run(dataset, workspace=tmp_path / "ws", device="cpu", stop=lambda: True)
+    assert place.plan.read_text() == "{}", "what somebody wrote is not written over"
 
 
 def test_the_time_is_divided_over_the_folds_that_are_left(dataset, tmp_path):

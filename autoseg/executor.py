@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import importlib
 import json
 import os
 import pickle
@@ -40,7 +39,7 @@ Result = TypeVar("Result")
 Results = Generator[tuple[int, Result | Exception], None, None]
 
 HEADER = struct.Struct(">cQ")  # a message on a pipe: what it is, its length in bytes, then the message
-FUNCTION, ITEM, ANSWER, READY, MODULE = b"F", b"I", b"A", b"R", b"M"
+FUNCTION, ITEM, ANSWER, READY = b"F", b"I", b"A", b"R"
 # signals that a terminal or a scheduler sends to all processes of a command: the one that waits for the workers decides
 BOOT = (
     "import signal; [signal.signal(end, signal.SIG_IGN) for end in (signal.SIGINT, signal.SIGTERM)]; "
@@ -236,13 +235,12 @@ def host_memory_bytes() -> int:
     return total
 
 
-def start_workers(workers: int, *, modules: Sequence[str] = ()) -> None:
-    """Start the workers of a later `map_cases` now; they import `modules` while this process does other things."""
+def start_workers(workers: int) -> None:
+    """Start the workers of a later `map_cases` now, so that they start while this process does other things."""
     if workers > 1:
         with _lock:
             missing = workers - len(_idle)
         for worker in [_Worker() for _ in range(missing)]:
-            worker.prepare(modules)
             _release(worker)
 
 
@@ -411,12 +409,6 @@ class _Worker:
             _pipe(self.process.stdin).write(json.dumps([str(entry) for entry in sys.path]).encode() + b"\n")
             _pipe(self.process.stdin).flush()
 
-    def prepare(self, modules: Sequence[str]) -> None:
-        """Let the process import what a function will need that it is not asked for yet."""
-        with contextlib.suppress(OSError):  # as above
-            for module in modules:
-                _send(_pipe(self.process.stdin), MODULE, module.encode())
-
     def begin(self, call: bytes) -> None:
         """Wait until the process has started and hand it the function. Raises WorkerError where it cannot start."""
         try:
@@ -535,10 +527,6 @@ def serve() -> None:
     function: Callable[[Any], Any] | None = None
     while True:
         kind, message = inbox.get()
-        if kind == MODULE:
-            with contextlib.suppress(ImportError):  # the function will tell
-                importlib.import_module(message.decode())
-            continue
         if kind == FUNCTION:
             call, function = message, None
             continue

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCK_TRIES = 10  # seconds that a training which is being ended may still hold its fold
-WORKER_MODULES = ("autoseg.preprocessing.run", "SimpleITK", "scipy.ndimage", "blosc2")  # that read and preprocess
 PATIENCE_SECONDS = 2.0  # that the last cases may take of fewer workers, before all of them start again
 
 
@@ -99,7 +98,7 @@ def plan_and_preprocess(
     case: patient, or "prefix" for cases whose names differ in their last part alone. `folds` is a file of folds, such
     as nnU-Net's splits_final.json, that is taken as it is. Raises DatasetError, PlanError, StorageError.
     """
-    start_workers(workers, modules=WORKER_MODULES)  # they import while this process does
+    start_workers(workers)  # they start while this process does
     if not keep_plan:
         # sizing networks needs torch, whose import takes as long as measuring a small dataset: one beside the other
         threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
@@ -255,7 +254,7 @@ def _beside(
         finally:
             ended.set()
     if not filling.result():
-        start_workers(workers, modules=WORKER_MODULES)
+        start_workers(workers)
 
 
 def _fingerprint_before(place: Workspace) -> Fingerprint | None:

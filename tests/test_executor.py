@@ -98,19 +98,6 @@ def test_workers_are_reused_by_the_next_call():
     assert second == first
 
 
-def imported(_: int) -> bool:
-    return "colorsys" in sys.modules
-
-
-@pytest.mark.parametrize("modules", [("colorsys",), ()])
-def test_workers_started_ahead_import_what_they_are_told_and_what_is_not_there_does_no_harm(modules):
-    stop_workers()
-    start_workers(2, modules=(*modules, "not_there"))
-    found = dict(map_cases(imported, range(4), workers=2, names=list("abcd")))
-    assert list(found.values()) == [bool(modules)] * 4
-    stop_workers()
-
-
 def test_workers_started_ahead_are_the_ones_that_work():
     stop_workers()
     start_workers(2)

@@ -20,7 +20,7 @@ from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError
 from autoseg.files import read_json
 from autoseg.forecast import Pace, Work
-from autoseg.inference.halving import FORK_SHARE, LEAST_CASES, judge
+from autoseg.inference.halving import FORK_SHARE, LEAST_CASES, LEAST_STEPS, judge
 from autoseg.inference.rungs import RUNGS, Contender, Length, Rung, find_contenders, read_rung
 from autoseg.pipeline import is_of_split
 from autoseg.plan import Plan
@@ -341,18 +341,28 @@ class Contest:
     # ---- who goes on
 
     def judged(self, now: Round, dataset: RawDataset, *, workers: int) -> Rung:
-        """The rung of a round whose tasks are done, decided; who has nothing left to train is not dropped."""
+        """The rung of a round whose tasks are done, decided.
+
+        Who has nothing left to train is not dropped, nor whose fork has taken few steps.
+        """
         assert now.rung is not None
+        forks = now.rung.forks
+        kept = [one.name for one in now.contenders if self.is_complete(one) or (forks and self._is_new(one))]
         return judge(
             now.rung,
             now.contenders,
             dataset=dataset,
             plan=self.plan,
             workspace=self.place,
-            keep=[contender.name for contender in now.contenders if self.is_complete(contender)],
+            keep=kept,
             trained_seconds=self.trained_seconds(),
             workers=workers,
         )
+
+    def _is_new(self, contender: Contender) -> bool:
+        """Whether a contender has trained for fewer than LEAST_STEPS."""
+        found = [self._standing(Task(name, self.names[0])) for name in contender.members]
+        return min(0 if standing is None else standing.steps for standing in found) < LEAST_STEPS
 
 
 def standing_of(plan: Plan, folder: Path) -> Standing | None:

@@ -25,6 +25,10 @@ LEARNED_DICE = 0.3
 """Mean Dice that the best of some forks must have: networks that have learned next to nothing differ beyond noise too,
 but that says nothing of what they become."""
 
+LEAST_STEPS = 500
+"""Optimiser steps below which a fork is not dropped. Slices take several steps in the time of one of a volume, so they
+lead while both are new; what a network of volumes becomes shows later (`benchmarks/halving.py`)."""
+
 
 def judge(
     rung: Rung,

@@ -18,6 +18,7 @@ import pytest
 from tiny_training import NAME, tiny_configuration, tiny_plan
 from typer.testing import CliRunner
 
+import autoseg.contest as contest
 import autoseg.experiment_planning.planner as planner
 from autoseg.checkpoint import load_tensors
 from autoseg.cli import app
@@ -75,6 +76,7 @@ def contested(tiny_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     root = tiny_dataset(cases=2 * LEAST_CASES)
     plan = two_candidates(root, 8)
     monkeypatch.setattr(planner, "plan_experiment", lambda *_, **__: plan)
+    monkeypatch.setattr(contest, "LEAST_STEPS", 2)
     two_folds(root, tmp_path / "ws")
     return root
 
@@ -271,6 +273,16 @@ def test_a_candidate_that_is_beaten_is_trained_no_further(contested, tmp_path, m
     assert "2d.dropped" in outcome.workspace.report.read_text(encoding="utf-8")
 
 
+def test_who_has_taken_few_steps_is_compared_after_a_whole_fold(contested, tmp_path, monkeypatch):
+    monkeypatch.setattr(contest, "LEAST_STEPS", 3)  # a fork of 8 steps takes 2
+    spoil(monkeypatch, "2d")
+    outcome = run(contested, workspace=tmp_path / "ws", device="cpu")
+    assert outcome.selection is not None
+    forks, fold_0 = outcome.selection.rungs
+    assert forks.dropped == frozenset() and min(standing.high for standing in forks.standings) < 0
+    assert fold_0.dropped == {"2d"}
+
+
 def test_who_is_not_beaten_is_trained_to_the_end(contested, tmp_path, monkeypatch):
     spoil(monkeypatch, "nobody")
     outcome = run(contested, workspace=tmp_path / "ws", device="cpu")
@@ -325,10 +337,11 @@ def test_a_run_that_was_stopped_before_its_first_step_may_be_planned_otherwise_t
     place = Workspace.of(dataset, tmp_path / "ws")
     (begun,) = place.models.glob("*/fold_0/resume.safetensors")
     assert not (begun.parent / "checkpoint.safetensors").exists()
-    plan = two_candidates(dataset, STEPS - 1)  # another pace was measured
+    plan = two_candidates(dataset, STEPS - 1)
     monkeypatch.setattr(planner, "plan_experiment", lambda *_, **__: plan)
     asked = itertools.chain([False] * STEPS, itertools.repeat(True))
-    run(dataset, workspace=tmp_path / "ws", device="cpu", stop=lambda: next(asked))
+    memory = plan.budget.gpu_memory_bytes + 1  # something else is asked for
+    run(dataset, workspace=tmp_path / "ws", gpu_memory_bytes=memory, device="cpu", stop=lambda: next(asked))
     assert read_standing(begun.parent).plan == plan.id and (begun.parent / "checkpoint.safetensors").exists()
 
 

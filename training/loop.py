@@ -107,6 +107,8 @@ class Standing:
     """Whether it came to the end of that budget."""
     cases: str
     """`Fold.id` of the cases that it trains on."""
+    steps: int = 0
+    """Optimiser steps that it has taken."""
 
 
 def read_standing(folder: Path) -> Standing | None:
@@ -116,7 +118,8 @@ def read_standing(folder: Path) -> Standing | None:
         return None
     header = read_header(path, RESUME_FORMAT)
     limits = Limits(header["limits"]["steps"], header["limits"]["seconds"])
-    return Standing(header["plan"], limits, float(header["elapsed"]), bool(header.get("finished")), header["cases"])
+    finished, steps = bool(header.get("finished")), int(header.get("steps", 0))
+    return Standing(header["plan"], limits, float(header["elapsed"]), finished, header["cases"], steps)
 
 
 def train_fold(
@@ -497,6 +500,7 @@ class _Run:
             "format": RESUME_FORMAT,
             **self.identity,
             "elapsed": self.elapsed,
+            "steps": self.state.step,
             "plateau_elapsed": self.plateau_elapsed,
             "limits": {"steps": self.limits.steps, "seconds": self.limits.seconds},
             "finished": summary["finished"],

@@ -37,6 +37,7 @@ Result = TypeVar("Result")
 
 PORT = 6379  # of a head node, where the address names none
 ANSWER_SECONDS = 5.0  # in which the head node must take a connection
+LOCAL = "local"
 PROBE_SECONDS = 60.0  # in which every node must start a process and say its versions
 MOST_LOSSES = 3  # machines that one task may lose
 PIECE_BYTES = 2**24  # of a file that is copied at once
@@ -78,17 +79,18 @@ class RayExecutor:
         require_extra("ray", wanted_by="--executor ray")
         import ray
 
-        where = _checked(address) if address else None
+        # "local" starts one: without an address Ray would look for the last one of this machine, and wait for it for
+        # minutes where that was killed
+        where = _checked(address) if address else os.environ.get("RAY_ADDRESS") or LOCAL
+        here = where == LOCAL
         try:
-            ray.init(
-                where, log_to_driver=False, include_dashboard=None if where else False, logging_level=logging.ERROR
-            )
+            ray.init(where, log_to_driver=False, include_dashboard=False if here else None, logging_level=logging.ERROR)
         except (RuntimeError, ConnectionError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())
+            own = "" if here else f"; this machine must be one of its nodes (`ray start --address={where}`)"
             raise PlanError(
-                f"--executor ray: the cluster {address or 'on this machine'} cannot be joined ({reason}); this "
-                f"machine must be one of its nodes (`ray start --address={where or 'HOST:PORT'}`), with the same Ray "
-                "and Python."
+                f"--executor ray: the cluster {'on this machine' if here else where} cannot be joined ({reason}){own}, "
+                "with the same Ray and Python."
             ) from error
         executor = cls(ray)
         try:

@@ -75,7 +75,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--configurations", type=lambda text: text.split(","), default=["3d_fullres"])
-    parser.add_argument("--gpu-memory", type=float, default=1e9)
+    parser.add_argument("--gpu-memory", type=int, default=10**9)
     return parser.parse_args()
 
 

@@ -208,6 +208,25 @@ def test_as_many_are_done_at_once_as_the_nodes_have_room_for(executor: RayExecut
 # ---- what is refused
 
 
+@pytest.mark.parametrize(("variable", "address"), [(None, "local"), ("10.0.0.1:6379", "10.0.0.1:6379")])
+def test_without_an_address_that_of_the_environment_is_joined_or_a_cluster_started(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, address: str
+) -> None:
+    joined: list[str] = []
+
+    def init(where: str, **_: object) -> None:
+        joined.append(where)
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    with pytest.raises(PlanError, match=r"cannot be joined \(nobody there\)"), executor_of("ray"):
+        pass
+    assert joined == [address], "Ray would wait for a cluster of this machine that was killed"
+
+
 def test_another_version_on_a_node_is_refused(two_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "__version__", "9.9")
     with (

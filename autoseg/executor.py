@@ -168,6 +168,7 @@ def with_threads(threads: int, function: Callable[[Item], Result], item: Item) -
     """`function(item)` by that many threads of torch in a process of its own: sums are rounded as they are here."""
     import torch
 
+    torch.get_num_threads()  # torch's first look-up would undo what is set before it
     torch.set_num_threads(threads)
     return function(item)
 

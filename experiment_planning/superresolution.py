@@ -29,7 +29,7 @@ TASKS = ("joint", "segmentation", IMAGES_ALONE)
 
 SNAP = 0.05  # a scale so close to a whole number, relative to it, takes that
 SMALLEST_SCALE = 1.3  # below it interpolation loses nothing that a network could give back
-ROUNDING = 1e-9
+ROUNDING = 1e-5  # spacings are kept to six digits
 AUTOMATIC_SCALE = 4.0  # the largest that is planned without being asked for
 SHOWN_SCALE = 6.0  # Dual-ArbNet trains and tests up to it and calls more out of distribution
 SMALLEST_ANY_SCALE = 1.5  # of an any-scale network (Dual-ArbNet's)

@@ -164,7 +164,7 @@ def selection(plan: Plan, *, rungs: bool) -> dict[str, object]:
         "scores": [{"candidate": candidate, "dice": 0.8321, "low": 0.8, "high": 0.86, "by_class": {"ball": 0.8321}}],
         "decisions": [{"name": "ensemble", "value": name, "kind": "empirical", "because": "it is beyond noise."}],
         "cases": 8,
-        "version": 1,
+        "version": 2,
         **({"rungs": [rung]} if rungs else {}),
     }
 

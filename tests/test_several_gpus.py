@@ -41,4 +41,4 @@ def test_folds_that_are_trained_at_the_same_time_become_what_they_become_one_aft
     assert "3d_fullres, fold 0; 3d_fullres, fold 1" in parts["two"] and "3d_fullres, fold 0" in parts["one"]
     one, two = (weights(Workspace.of(root, tmp_path / name)) for name in ("one", "two"))
     assert one and one.keys() == two.keys()
-    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert not [name for name in one if not np.array_equal(one[name], two[name])]

@@ -158,7 +158,7 @@ def commands(
     same += [word for name in logs.names for word in ("--log", name)]
     same += ["--mlflow-uri", logs.mlflow_uri] if logs.mlflow_uri else []
     names = [name for contender in contest.contenders for name in contender.configurations]
-    names += [c.name for c in contest.plan.configurations if c.name not in names]
+    names += [name for name in contest.configurations if name not in names]
     lines = [["autoseg", "plan-and-preprocess", str(dataset), "--keep-plan", *place]]
     lines += [
         ["autoseg", "train-fold", str(dataset), name, fold, *length, *same, *where]

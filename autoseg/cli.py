@@ -42,6 +42,7 @@ from autoseg.status import DONE, REFUSED, SOME_FAILED, complain, status_of
 if TYPE_CHECKING:
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.screen import Screen
+    from autoseg.training.loop import Progress
 
 SCREEN: ContextVar[Screen] = ContextVar("screen")  # of the command that runs, made from its -v and --quiet
 
@@ -623,6 +624,16 @@ def run(
             screen.say("\n".join(commands(contest, dataset, workspace, device=device, seed=seed, logs=logs)))
         return DONE
     with executor_of(executor) as elsewhere, screen.experiment() as shown, screen.stop_signals() as stop:
+        stop.steps = False
+
+        def part(name: str) -> None:
+            stop.steps = False
+            shown.part(name)
+
+        def step(progress: Progress) -> None:
+            stop.steps = True
+            shown.step(progress)
+
         outcome = everything(
             dataset,
             **asked,
@@ -630,8 +641,8 @@ def run(
             licence=licence,
             seed=seed,
             logs=logs,
-            on_part=shown.part,
-            on_step=shown.step,
+            on_part=part,
+            on_step=step,
             on_rows=shown.rows,
             stop=stop,
         )

@@ -89,17 +89,28 @@ class Contest:
     """Of each fold, where they were asked for."""
     timed: bool = False
     """Whether the time for everything was asked for, which leaves the length of a fold open."""
+    asked: tuple[str, ...] = ()
+    """The candidates that were asked for; empty: all that are planned."""
 
     @property
     def contenders(self) -> list[Contender]:
         """All of them; first those that wait for no previous stage."""
-        return sorted(find_contenders(self.plan), key=lambda contender: bool(contender.stages))
+        found = [one for one in find_contenders(self.plan) if not self.asked or set(one.members) & set(self.asked)]
+        return sorted(found, key=lambda contender: bool(contender.stages))
 
     @property
     def others(self) -> list[Contender]:
         """What answers with images alone, which Dice does not tell apart: trained in the end, never dropped."""
-        known = {name for contender in self.contenders for name in contender.configurations}
-        return [Contender((c.name,)) for c in self.plan.configurations if c.name not in known]
+        known = {name for contender in find_contenders(self.plan) for name in contender.configurations}
+        names = [c.name for c in self.plan.configurations if c.name not in known]
+        return [Contender((name,)) for name in names if not self.asked or name in self.asked]
+
+    @property
+    def configurations(self) -> list[str]:
+        """Of all candidates, in the order of the plan; those of previous stages too."""
+        candidates = (*self.contenders, *self.others)
+        names = {name for contender in candidates for name in contender.configurations}
+        return [c.name for c in self.plan.configurations if c.name in names]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,7 +211,7 @@ class Contest:
         """
         if self.steps is None or self.timed:
             return
-        tasks = [Task(c.name, fold) for c in self.plan.configurations for fold in self.names]
+        tasks = [Task(name, fold) for name in self.configurations for fold in self.names]
         forks = [fork.steps for task in tasks if (fork := self.fork_length(task)) is not None and fork.steps]
         if max(forks, default=0) >= self.steps:
             raise PlanError(
@@ -266,9 +277,7 @@ class Contest:
         left = {name for contender in self.round().contenders for name in contender.configurations}
         given_up = {name for contender in self.contenders for name in contender.configurations} - left
         return [
-            self._row(Task(c.name, fold), dropped=c.name in given_up)
-            for c in self.plan.configurations
-            for fold in self.names
+            self._row(Task(name, fold), dropped=name in given_up) for name in self.configurations for fold in self.names
         ]
 
     def _row(self, task: Task, *, dropped: bool) -> Row:
@@ -346,8 +355,10 @@ class Contest:
         Who has nothing left to train is not dropped, nor whose fork has taken few steps.
         """
         assert now.rung is not None
-        forks = now.rung.forks
-        kept = [one.name for one in now.contenders if self.is_complete(one) or (forks and self._is_new(one))]
+        kept = {one.name: "nothing is left to train" for one in now.contenders if self.is_complete(one)}
+        if now.rung.forks:
+            few = f"its fork has taken fewer than {LEAST_STEPS} steps"
+            kept |= {one.name: few for one in now.contenders if self._is_new(one)}
         return judge(
             now.rung,
             now.contenders,

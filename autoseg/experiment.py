@@ -25,6 +25,7 @@ from autoseg.locks import alone
 from autoseg.pipeline import load_plan, plan_and_preprocess, train, validate, workspace_of
 from autoseg.plan import Plan
 from autoseg.training.loggers import NO_LOGS, Logs
+from autoseg.units import format_seconds
 from autoseg.workspace import CHECKPOINT, HISTORY, RESUME, Workspace
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRAINING_SHARE = 0.85  # of a run's time that trains; the rest plans, preprocesses, predicts held-out cases and reports
+PLANNED_OTHERWISE = 3.0  # times as long or as short as planned: a fold's network would be another one
 AIMED_SHARE = 0.98  # of the time for everything at which a run means to end
 LEAST_FOLD_SECONDS = 10.0  # what a fold gets even where the time is spent
 CORES_BESIDE_GPU = 4  # that prepare patches for it
@@ -157,7 +159,7 @@ def run(
             drop_broken=drop_broken,
             group_by=group_by,
             folds=folds,
-            reuse_plan=seconds is None,
+            reuse_plan=True,
             device=device,
             workers=workers,
             executor=executor,
@@ -166,8 +168,16 @@ def run(
         from autoseg.forecast import Pace
 
         plan = planned.plan
-        contest = Contest(plan, place, find_folds(plan, place, drop_cases=planned.dropped), steps, timed)
+        split = find_folds(plan, place, drop_cases=planned.dropped)
+        contest = Contest(plan, place, split, steps, timed, tuple(configurations or ()))
         contest.require_length()
+        given = _fold_time(contest, Pace(plan, workers), seconds) if timed and seconds is not None else 0.0
+        planned_for = plan.budget.fold_seconds
+        if given and planned_for and not 1 / PLANNED_OTHERWISE < given / planned_for < PLANNED_OTHERWISE:
+            log.warning(
+                "%s was made for folds of %s, and this time leaves each about %s; delete it to have one made for that.",
+                place.plan, format_seconds(planned_for), format_seconds(given),
+            )  # fmt: skip
         pace = Pace(plan, workers)
         form = Job(Path(dataset_root), place.root, "", "", device=device, workers=workers, seed=seed, logs=logs)
         ends = began + AIMED_SHARE * seconds - _spent(contest) if timed and seconds is not None else None
@@ -253,7 +263,7 @@ def outlook(
     cases = Fingerprint.load(place.fingerprint).cases
     names = [case.identifier for case in cases]
     split = load_folds(place.folds, names) if place.folds.exists() else make_folds(names)
-    contest = Contest(plan, place, tuple(split), steps, timed)
+    contest = Contest(plan, place, tuple(split), steps, timed, tuple(configurations or ()))
     pace = Pace(plan, workers)
     missing = [one for one in plan.stores() if not all(map(Store(place.store(one)).has, names))]
     preprocessing = len(missing) * pace.preprocessing([case.shape for case in cases])
@@ -288,7 +298,7 @@ def needs_of(plan: Plan, configuration: str, device: str) -> Needs:
 
     threads, forecast = torch.get_num_threads(), plan.forecasts.get(configuration)
     if resolve_device(device).type == "cuda":
-        return Needs(CORES_BESIDE_GPU, 1, PROCESS_BYTES, threads)
+        return Needs(CORES_BESIDE_GPU, 1, PROCESS_BYTES)
     return Needs(threads, 0, PROCESS_BYTES + (forecast.memory_bytes if forecast is not None else 0), threads)
 
 
@@ -505,7 +515,7 @@ def _select(root: Path, contest: Contest, *, workers: int) -> Selection:
         names = [name for contender in contest.round().contenders for name in contender.members]
         selection = select(RawDataset.load(root), plan, names, workspace=place, rungs=contest.rungs(), workers=workers)
     else:
-        selection = select_by_image(plan, [c.name for c in plan.configurations], workspace=place)
+        selection = select_by_image(plan, contest.configurations, workspace=place)
     selection.save(place.selection)
     return selection
 

@@ -213,7 +213,9 @@ def _rungs(selection: Selection) -> str:
         rows = [
             (
                 standing.contender,
-                "leads" if standing.contender == rung.leader else "dropped" if standing.dropped else "goes on",
+                "leads" if standing.contender == rung.leader
+                else "dropped" if standing.dropped
+                else f"goes on: {standing.spared}" if standing.spared else "goes on",
                 f"{standing.dice:.4f}",
                 "" if standing.contender == rung.leader
                 else f"{standing.difference:+.4f} ({standing.low:+.4f} to {standing.high:+.4f})",

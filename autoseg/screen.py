@@ -44,14 +44,16 @@ class StopSignals:
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self._signal: int | None = None
+        self.steps = True
+        """Whether a training has begun, which ends after its step; what else is done is interrupted at once."""
 
     def __call__(self) -> bool:
         return self._signal is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self._signal is not None:
-            raise KeyboardInterrupt
+        if self._signal is not None or not self.steps:
+            raise KeyboardInterrupt(number)
         self._signal = number
         self._note("Stopping after this step; the model is being saved. Once more stops at once.")
 

@@ -35,8 +35,9 @@ def status_of(run: Callable[[], int], screen: Screen) -> int:
         return screen.refuse("Terminated; what was finished is kept.", 128 + signal.SIGTERM)
     except AutosegError as error:
         return screen.refuse(str(error), REFUSED)
-    except KeyboardInterrupt:
-        return screen.refuse("Interrupted; what was finished is kept.", 130)
+    except KeyboardInterrupt as interrupt:
+        (number,) = interrupt.args or (signal.SIGINT,)
+        return screen.refuse("Interrupted; what was finished is kept.", 128 + number)
     except BrokenPipeError:  # `autoseg explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE

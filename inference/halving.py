@@ -6,7 +6,7 @@ the worse half that is dropped but who is beaten beyond noise, and whoever may s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autoseg.dataset import RawDataset
@@ -37,7 +37,7 @@ def judge(
     dataset: RawDataset,
     plan: Plan,
     workspace: Workspace,
-    keep: Collection[str] = (),
+    keep: Mapping[str, str] | None = None,
     trained_seconds: Mapping[str, float],
     workers: int = 1,
 ) -> Rung:
@@ -45,8 +45,8 @@ def judge(
 
     Not on fewer than LEAST_CASES cases, and not among forks of which the best has less than LEARNED_DICE.
     Contenders are scored on the held-out cases of the rung's folds that all of them have predicted, without mirroring;
-    several members as their mean. Those in `keep` are not dropped. `trained_seconds` are by configuration. Raises
-    PlanError where there is no such case.
+    several members as their mean. Those in `keep` are not dropped, for a reason each. `trained_seconds` are by
+    configuration. Raises PlanError where there is no such case.
     """
     configurations = [name for contender in contenders for name in contender.members]
     cases = find_held_out(dataset, configurations, workspace, folds=rung.folds)
@@ -56,7 +56,11 @@ def judge(
     }
     table = score_candidates(cases, list(answers.values()), plan.labels, workers=workers)
     leader = max(answers, key=lambda name: table.mean(answers[name]))
-    learned = not rung.forks or table.mean(answers[leader]) >= LEARNED_DICE
+    spared = dict(keep or {})
+    if len(cases) < LEAST_CASES:
+        spared = dict.fromkeys(answers, f"there are fewer than {LEAST_CASES} cases")
+    elif rung.forks and table.mean(answers[leader]) < LEARNED_DICE:
+        spared = dict.fromkeys(answers, f"the best fork has a mean Dice below {LEARNED_DICE:g}")
     standings = []
     for contender in contenders:
         name = contender.name
@@ -68,8 +72,9 @@ def judge(
                 difference=gain,
                 low=low,
                 high=high,
-                dropped=high < 0 and learned and len(cases) >= LEAST_CASES and name not in keep,
+                dropped=high < 0 and name not in spared,
                 trained_seconds=round(total_seconds(contender, trained_seconds), 3),
+                spared=spared.get(name, "") if high < 0 else "",
             )
         )
     standings.sort(key=lambda standing: -standing.dice)

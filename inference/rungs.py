@@ -6,13 +6,13 @@ A file without standings is a rung that has begun: it fixes how long its forks t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoseg.errors import PlanError
 from autoseg.files import read_json, write_json
 from autoseg.plan import Configuration, Decision, Plan
-from autoseg.typed_json import from_json, to_json
+from autoseg.typed_json import SPARSE, from_json, to_json
 from autoseg.units import format_seconds
 from autoseg.workspace import Workspace
 
@@ -67,6 +67,8 @@ class Standing:
     dropped: bool
     trained_seconds: float
     """Of all of its folds so far."""
+    spared: str = field(default="", metadata=SPARSE)
+    """Why it goes on, though it is beaten."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -386,7 +387,23 @@ def test_a_fold_that_holds_nothing_out_is_refused_before_anything_is_trained(dat
     assert not (Workspace.of(dataset, tmp_path / "ws")).models.exists()
 
 
-def test_a_plan_that_is_there_is_run_as_it_is(tiny_dataset, tmp_path):
+def test_of_more_that_is_planned_only_the_candidates_that_are_asked_for_are_trained(contested, tmp_path):
+    rows = []
+    outcome = run(
+        contested,
+        workspace=tmp_path / "ws",
+        configurations=["2d"],
+        device="cpu",
+        on_rows=lambda now, _: rows.append(now),
+    )
+    assert {row.task.configuration for now in rows for row in now} == {"2d"}
+    assert {path.parent.name for path in outcome.workspace.models.glob("*/fold_*")} == {"2d"}
+    assert outcome.selection is not None and not outcome.selection.rungs
+    everything = run(contested, workspace=place, device="cpu")
+    assert everything.selection is not None and len(everything.selection.scores) > len(outcome.selection.scores)
+
+
+def test_a_plan_that_is_there_is_run_as_it_is(tiny_dataset, tmp_path, caplog):
     dataset = tiny_dataset(cases=3)
     place = Workspace.of(dataset, tmp_path / "ws")
     made = plan_and_preprocess(dataset, workspace=tmp_path / "ws", gpu_memory_bytes=10**9, fold_seconds=60.0).plan
@@ -396,9 +413,14 @@ def test_a_plan_that_is_there_is_run_as_it_is(tiny_dataset, tmp_path):
     assert Plan.load(place.plan) == edited
     run(dataset, workspace=tmp_path / "ws", gpu_memory_bytes=2 * 10**9, device="cpu", stop=lambda: True)
     assert Plan.load(place.plan).budget.gpu_memory_bytes == 2 * 10**9, "something else was asked for"
+    edited.save(place.plan)
+    with caplog.at_level(logging.WARNING):
+        run(dataset, workspace=tmp_path / "ws", seconds=3 * 3600.0, device="cpu", stop=lambda: True)
+    assert Plan.load(place.plan) == edited and "was made for folds of 1 min" in caplog.text
     place.plan.write_text("{}")
-    with pytest.raises(PlanError, match=r"plan\.json: plan version None cannot be read"):
-        run(dataset, workspace=tmp_path / "ws", device="cpu", stop=lambda: True)
+    for seconds in (None, 60.0):
+        with pytest.raises(PlanError, match=r"plan\.json: plan version None cannot be read"):
+            run(dataset, workspace=tmp_path / "ws", seconds=seconds, device="cpu", stop=lambda: True)
     assert place.plan.read_text() == "{}", "what somebody wrote is not written over"
 
 

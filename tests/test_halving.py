@@ -45,7 +45,8 @@ def test_who_is_beaten_beyond_noise_is_dropped_and_who_may_still_win_is_not(tmp_
 
 def test_who_has_nothing_left_to_train_is_kept(tmp_path):
     makes = {"good": {"plain": wrong_in(0.05, seed=1)}, "bad": {"plain": wrong_in(0.5, seed=3)}}
-    assert judged(Trained(tmp_path, makes), "0", keep=["bad"]).dropped == frozenset()
+    spared = judged(Trained(tmp_path, makes), "0", keep={"bad": "it is new"})
+    assert spared.dropped == frozenset() and [one.spared for one in spared.standings] == ["", "it is new"]
 
 
 def test_a_handful_of_cases_drops_nobody(tmp_path):

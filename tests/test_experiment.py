@@ -399,7 +399,7 @@ def test_of_more_that_is_planned_only_the_candidates_that_are_asked_for_are_trai
     assert {row.task.configuration for now in rows for row in now} == {"2d"}
     assert {path.parent.name for path in outcome.workspace.models.glob("*/fold_*")} == {"2d"}
     assert outcome.selection is not None and not outcome.selection.rungs
-    everything = run(contested, workspace=place, device="cpu")
+    everything = run(contested, workspace=tmp_path / "ws", device="cpu")
     assert everything.selection is not None and len(everything.selection.scores) > len(outcome.selection.scores)
 
 

@@ -145,7 +145,15 @@ def _saved(items: Sequence[Item], contenders: Sequence[Contender]) -> float:
 
 
 def commands(
-    contest: Contest, dataset: Path, workspace: Path | None, *, device: str, seed: int, logs: Logs = NO_LOGS
+    contest: Contest,
+    dataset: Path,
+    workspace: Path | None,
+    *,
+    device: str,
+    seed: int,
+    logs: Logs = NO_LOGS,
+    drop_cases: bool = False,
+    licence: str = "",
 ) -> list[str]:
     """The plain commands of a run, for a scheduler of the user's own: preprocess, every fold, then the choice.
 
@@ -159,12 +167,15 @@ def commands(
     same += ["--mlflow-uri", logs.mlflow_uri] if logs.mlflow_uri else []
     names = [name for contender in contest.contenders for name in contender.configurations]
     names += [name for name in contest.configurations if name not in names]
-    lines = [["autoseg", "plan-and-preprocess", str(dataset), "--keep-plan", *place]]
+    drop = ["--drop-cases"] if drop_cases else []
+    lines = [["autoseg", "plan-and-preprocess", str(dataset), "--keep-plan", *drop, *place]]
     lines += [
         ["autoseg", "train-fold", str(dataset), name, fold, *length, *same, *where]
         for name in names
         for fold in contest.names
         if not contest.is_done(Task(name, fold))
     ]
-    lines.append(["autoseg", "run", str(dataset), *length, *same, *where])
+    candidates = ["--configurations", ",".join(contest.asked)] if contest.asked else []
+    terms = ["--licence", licence] if licence else []
+    lines.append(["autoseg", "run", str(dataset), *candidates, *length, *drop, *terms, *same, *where])
     return [shlex.join(words) for words in lines]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from autoseg.screen import Screen
     from autoseg.training.loop import Progress
 
+NO_LICENCE = "not stated"
 SCREEN: ContextVar[Screen] = ContextVar("screen")  # of the command that runs, made from its -v and --quiet
 
 app = typer.Typer(
@@ -564,7 +565,7 @@ def run(
     folds: FoldsOption = None,
     licence: Annotated[
         str, typer.Option("--licence", metavar="TEXT", help="The terms under which the model may be used.")
-    ] = "not stated",
+    ] = NO_LICENCE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan, if need be; show every task, what it waits for and its time; end.")
     ] = False,
@@ -621,7 +622,10 @@ def run(
         if print_commands:
             from autoseg.agenda import commands
 
-            screen.say("\n".join(commands(contest, dataset, workspace, device=device, seed=seed, logs=logs)))
+            terms = "" if licence == NO_LICENCE else licence
+            same: dict[str, Any] = {"device": device, "seed": seed, "logs": logs}
+            lines = commands(contest, dataset, workspace, **same, drop_cases=drop_cases, licence=terms)
+            screen.say("\n".join(lines))
         return DONE
     with executor_of(executor) as elsewhere, screen.experiment() as shown, screen.stop_signals() as stop:
         stop.steps = False
@@ -676,7 +680,7 @@ def export(
     ] = None,
     licence: Annotated[
         str, typer.Option("--licence", metavar="TEXT", help="The terms under which the weights may be used.")
-    ] = "not stated",
+    ] = NO_LICENCE,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,9 +48,9 @@ def loss_and_gradients(batch: dict[str, Tensor], name: str, world: World = ALONE
 
 def train(plan: Plan, workspace: Workspace, world: World = ALONE, **options: Any) -> loop.TrainedFold:
     """Fold 0 in float32, whatever the processor can do."""
-    loop.autocast_dtype = lambda device: None  # type: ignore[attr-defined]
     settings = {"device": "cpu", "workers": 0, "steps": STEPS, "seed": 3, "world": world, **options}
-    return loop.train_fold(plan, NAME, "0", workspace=workspace, **settings)
+    with mock.patch.object(loop, "autocast_dtype", lambda device: None):
+        return loop.train_fold(plan, NAME, "0", workspace=workspace, **settings)
 
 
 def main(folder: Path) -> None:

@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 PORT = 6379  # of a head node, where the address names none
 ANSWER_SECONDS = 5.0  # in which the head node must take a connection
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
 PROBE_SECONDS = 60.0  # in which every node must start a process and say its versions
 MOST_LOSSES = 3  # machines that one task may lose
 PIECE_BYTES = 2**24  # of a file that is copied at once
@@ -71,7 +71,7 @@ class RayExecutor:
 
     @classmethod
     def connect(cls, address: str = "") -> RayExecutor:
-        """Join the cluster whose head node has this address; without one that of RAY_ADDRESS, or one is started here.
+        """Join the cluster whose head node has this address; without one, one is started here.
 
         Raises PlanError where Ray is not installed, where the address does not answer, and where a node has other
         versions than this process.
@@ -81,7 +81,8 @@ class RayExecutor:
 
         # "local" starts one: without an address Ray would look for the last one of this machine, and wait for it for
         # minutes where that was killed
-        where = _checked(address) if address else os.environ.get("RAY_ADDRESS") or LOCAL
+        named = address in ("", AUTO) or "://" in address  # as RAY_ADDRESS may be
+        where = (address or LOCAL) if named else _checked(address)
         here = where == LOCAL
         try:
             ray.init(where, log_to_driver=False, include_dashboard=False if here else None, logging_level=logging.ERROR)

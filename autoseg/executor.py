@@ -158,7 +158,7 @@ def _ray(address: str) -> Executor:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent anywhere unasked
     from autoseg.cluster import RayExecutor
 
-    return RayExecutor.connect(address)
+    return RayExecutor.connect(address or os.environ.get("RAY_ADDRESS", ""))
 
 
 EXECUTORS: dict[str, Callable[[str], Executor | None]] = {"local": _local, "ray": _ray}

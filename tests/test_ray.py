@@ -208,7 +208,7 @@ def test_as_many_are_done_at_once_as_the_nodes_have_room_for(executor: RayExecut
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("variable", "address"), [(None, "local"), ("10.0.0.1:6379", "10.0.0.1:6379")])
+@pytest.mark.parametrize(("variable", "address"), [(None, "local"), ("auto", "auto")])
 def test_without_an_address_that_of_the_environment_is_joined_or_a_cluster_started(
     monkeypatch: pytest.MonkeyPatch, variable: str | None, address: str
 ) -> None:

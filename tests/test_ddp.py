@@ -177,7 +177,7 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_dataset: Calla
     words = ("-m", "autoseg", "train-fold", dataset, NAME, 0, "--workspace", tmp_path / "workspace", "--steps", 10**5)
     with subprocess.Popen(
         torchrun(*words, "--time", "20s", "--device", "cpu"),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
     ) as run:  # fmt: skip
         history = place.fold(NAME, "0") / HISTORY
         while not history.exists() and run.poll() is None:

@@ -263,7 +263,7 @@ def test_a_run_hands_its_logs_on_to_every_fold(tmp_path: Path, monkeypatch: pyte
     logs = Logs(("mlflow",), "http://localhost:5000")
     experiment.run_job(experiment.Job(tmp_path, tmp_path, NAME, "0", steps=1, logs=logs))
     assert handed == [logs]
-    nothing: Any = SimpleNamespace(steps=None, contenders=(), plan=SimpleNamespace(configurations=()), names=())
+    nothing: Any = SimpleNamespace(steps=None, contenders=(), configurations=(), asked=(), names=())
     printed = commands(nothing, tmp_path, None, device="auto", seed=0, logs=logs)
     assert printed[-1] == f"autoseg run {tmp_path} --log mlflow --mlflow-uri http://localhost:5000"
 

@@ -95,15 +95,14 @@ class Contest:
     @property
     def contenders(self) -> list[Contender]:
         """All of them; first those that wait for no previous stage."""
-        found = [one for one in find_contenders(self.plan) if not self.asked or set(one.members) & set(self.asked)]
-        return sorted(found, key=lambda contender: bool(contender.stages))
+        return sorted(find_contenders(self.plan, self.asked), key=lambda contender: bool(contender.stages))
 
     @property
     def others(self) -> list[Contender]:
         """What answers with images alone, which Dice does not tell apart: trained in the end, never dropped."""
-        known = {name for contender in find_contenders(self.plan) for name in contender.configurations}
-        names = [c.name for c in self.plan.configurations if c.name not in known]
-        return [Contender((name,)) for name in names if not self.asked or name in self.asked]
+        known = {name for contender in self.contenders for name in contender.configurations}
+        names = [c.name for c in self.plan.configurations if not self.asked or c.name in self.asked]
+        return [Contender((name,)) for name in names if name not in known]
 
     @property
     def configurations(self) -> list[str]:

@@ -171,13 +171,8 @@ def run(
         split = find_folds(plan, place, drop_cases=planned.dropped)
         contest = Contest(plan, place, split, steps, timed, tuple(configurations or ()))
         contest.require_length()
-        given = _fold_time(contest, Pace(plan, workers), seconds) if timed and seconds is not None else 0.0
-        planned_for = plan.budget.fold_seconds
-        if given and planned_for and not 1 / PLANNED_OTHERWISE < given / planned_for < PLANNED_OTHERWISE:
-            log.warning(
-                "%s was made for folds of %s, and this time leaves each about %s; delete it to have one made for that.",
-                place.plan, format_seconds(planned_for), format_seconds(given),
-            )  # fmt: skip
+        if timed and seconds is not None and not _spent(contest):
+            _warn_of_other_length(contest, _fold_time(contest, Pace(plan, workers), seconds))
         pace = Pace(plan, workers)
         form = Job(Path(dataset_root), place.root, "", "", device=device, workers=workers, seed=seed, logs=logs)
         ends = began + AIMED_SHARE * seconds - _spent(contest) if timed and seconds is not None else None
@@ -406,6 +401,16 @@ def _fold_time(contest: Contest, pace: Pace, left: float, *, at_once: float = 1)
             contest.place.root, LEAST_FOLD_SECONDS,
         )  # fmt: skip
     return max(LEAST_FOLD_SECONDS, seconds)
+
+
+def _warn_of_other_length(contest: Contest, fold_seconds: float) -> None:
+    """Tell that the plan, which nobody has trained by yet, was made for folds much longer or shorter than these."""
+    planned = contest.plan.budget.fold_seconds
+    if planned and not 1 / PLANNED_OTHERWISE < fold_seconds / planned < PLANNED_OTHERWISE:
+        log.warning(
+            "%s was made for folds of %s, and this time leaves each about %s; delete it to have one made for that.",
+            contest.place.plan, format_seconds(planned), format_seconds(fold_seconds),
+        )  # fmt: skip
 
 
 def _spent(contest: Contest) -> float:

@@ -144,10 +144,14 @@ def _path(workspace: Workspace, number: int) -> Path:
     return workspace.models / RUNGS / f"{number}.json"
 
 
-def find_contenders(plan: Plan) -> list[Contender]:
-    """All that predict labels for themselves; views of one volume are one contender, a cascade brings its stage."""
-    stages = {c.previous_stage for c in plan.configurations}
-    names = [c.name for c in plan.configurations if c.architecture.output_channels and c.name not in stages]
+def find_contenders(plan: Plan, asked: Sequence[str] = ()) -> list[Contender]:
+    """All that predict labels for themselves; views of one volume are one contender, a cascade brings its stage.
+
+    Of the configurations that were asked for, if any were: a stage that is asked for alone is one too.
+    """
+    chosen = [c for c in plan.configurations if not asked or c.name in asked]
+    stages = {c.previous_stage for c in chosen}
+    names = [c.name for c in chosen if c.architecture.output_channels and c.name not in stages]
     together = {name: views for views in find_views([plan.configuration(name) for name in names]) for name in views}
     members = list(dict.fromkeys(together.get(name, (name,)) for name in names))
     return [Contender(some, _stages(some, plan)) for some in members]

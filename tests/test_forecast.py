@@ -231,6 +231,8 @@ def test_the_commands_are_those_of_every_fold(tmp_path):
         *(f"autoseg train-fold 'data/My set' c0 {fold} {end}" for fold in range(5)),
         f"autoseg run 'data/My set' {end}",
     ]
+    stage = replace(contest, asked=("c1",))
+    assert [one.name for one in stage.contenders] == stage.configurations == ["c1"], "a stage may be asked for alone"
     only = Contest(plan_of(2), simulation.place, simulation.folds, steps=30, asked=("c1",))
     lines = commands(only, Path("D"), None, device="auto", seed=0, drop_cases=True, licence="CC0")
     assert lines[0] == "autoseg plan-and-preprocess D --keep-plan --drop-cases"

@@ -39,7 +39,7 @@ class Agenda:
     most_seconds: float
     """Where no candidate is dropped."""
     least_seconds: float
-    """Where all but one are dropped at the first comparison."""
+    """Where all but one are dropped at the first comparison that can."""
 
     def table(self) -> str:
         """A line for each task, numbered, with the numbers of those it waits for; then the time in all."""
@@ -105,7 +105,8 @@ def agenda(contest: Contest, pace: Pace, *, fold_seconds: float | None, preproce
     cases = sum(len(fold.validation) for fold in contest.folds)
     items.append(Item(CHOOSE, tuple(item.name for item in items), pace.finishing(members, cases)))
     most = sum(item.seconds for item in items)
-    return Agenda(tuple(items), most, most - _saved(items, left))
+    can_drop = [f"compare: {rung.name}" for rung in contest.open_rungs() if contest.can_drop(rung)]
+    return Agenda(tuple(items), most, most - _saved(items, left, can_drop))
 
 
 def _stage_items(contest: Contest, pace: Pace, contender: Contender, fold_seconds: float | None) -> list[Item]:
@@ -133,9 +134,9 @@ def _fold_item(
     return Item(name, tuple(after) or (PREPROCESS,), seconds + beside if seconds else 0.0)
 
 
-def _saved(items: Sequence[Item], contenders: Sequence[Contender]) -> float:
-    """Seconds of what comes after the first comparison, of all contenders but the cheapest to keep."""
-    first = next((i for i, item in enumerate(items) if item.name.startswith("compare: ")), len(items))
+def _saved(items: Sequence[Item], contenders: Sequence[Contender], can_drop: Sequence[str]) -> float:
+    """Seconds of what comes after the first comparison that can drop, of all contenders but the cheapest to keep."""
+    first = next((i for i, item in enumerate(items) if item.name in can_drop), len(items))
     later = items[first + 1 :]
     own = [
         sum(item.seconds for item in later if item.name.partition(",")[0] in contender.members)
@@ -153,7 +154,7 @@ def commands(
     seed: int,
     logs: Logs = NO_LOGS,
     drop_cases: bool = False,
-    licence: str = "",
+    licence: str | None = None,
 ) -> list[str]:
     """The plain commands of a run, for a scheduler of the user's own: preprocess, every fold, then the choice.
 
@@ -161,7 +162,7 @@ def commands(
     """
     place = ["--workspace", str(workspace)] if workspace is not None else []
     where = [*place, *(["--device", device] if device != "auto" else [])]
-    length = ["--steps", str(contest.steps)] if contest.steps is not None else []
+    length = _steps(contest)
     same = ["--seed", str(seed)] if seed else []
     same += [word for name in logs.names for word in ("--log", name)]
     same += ["--mlflow-uri", logs.mlflow_uri] if logs.mlflow_uri else []
@@ -170,7 +171,7 @@ def commands(
     drop = ["--drop-cases"] if drop_cases else []
     lines = [["autoseg", "plan-and-preprocess", str(dataset), "--keep-plan", *drop, *place]]
     lines += [
-        ["autoseg", "train-fold", str(dataset), name, fold, *length, *same, *where]
+        ["autoseg", "train-fold", str(dataset), name, fold, *_length(contest, Task(name, fold)), *same, *where]
         for name in names
         for fold in contest.names
         if not contest.is_done(Task(name, fold))
@@ -179,3 +180,16 @@ def commands(
     terms = ["--licence", licence] if licence else []
     lines.append(["autoseg", "run", str(dataset), *candidates, *length, *drop, *terms, *same, *where])
     return [shlex.join(words) for words in lines]
+
+
+def _steps(contest: Contest) -> list[str]:
+    return ["--steps", str(contest.steps)] if contest.steps is not None else []
+
+
+def _length(contest: Contest, task: Task) -> list[str]:
+    """Options of a fold's training; what was begun goes on to the length of a whole fold, a fork too."""
+    if not contest.is_begun(task):
+        return _steps(contest)
+    length = contest.length(task.configuration)
+    whole = ["--steps", f"{length.steps}"] if length.seconds is None else ["--time", f"{length.seconds:g}s"]
+    return ["--continue", *whole]

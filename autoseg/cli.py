@@ -97,7 +97,7 @@ def _names(listed: str) -> list[str]:
 
 def _asked(input_spacing: str | None, output_spacing: str | None, scale: str | None, task: str) -> Asked | None:
     """What the options say of super-resolution."""
-    from autoseg.pipeline import asked_super_resolution
+    from autoseg.stages import asked_super_resolution
     from autoseg.units import parse_numbers
 
     return asked_super_resolution(
@@ -220,8 +220,8 @@ def plan_and_preprocess(
       autoseg plan-and-preprocess data/Dataset004_Hippocampus --input-spacing 4,1,1
     """
     from autoseg.locks import alone
-    from autoseg.pipeline import plan_and_preprocess as run
-    from autoseg.pipeline import workspace_of
+    from autoseg.stages import plan_and_preprocess as run
+    from autoseg.stages import workspace_of
     from autoseg.units import parse_bytes, parse_seconds
 
     screen = SCREEN.get()
@@ -266,7 +266,7 @@ def explain(
     Example:
       autoseg explain data/Dataset004_Hippocampus
     """
-    from autoseg.pipeline import load_plan
+    from autoseg.stages import load_plan
 
     plan, _ = load_plan(dataset, workspace)
 
@@ -319,7 +319,7 @@ def train_fold(
       autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0 --time 30m
       torchrun --nproc-per-node 4 -m autoseg train-fold data/Dataset004_Hippocampus 3d_fullres 0
     """
-    from autoseg.pipeline import load_plan, require_current_store, require_folds, train, validate
+    from autoseg.stages import load_plan, require_current_store, require_folds, train, validate
     from autoseg.training.loggers import asked_logs
     from autoseg.units import format_seconds, parse_seconds
 
@@ -564,8 +564,9 @@ def run(
     group_by: GroupByOption = None,
     folds: FoldsOption = None,
     licence: Annotated[
-        str, typer.Option("--licence", metavar="TEXT", help="The terms under which the model may be used.")
-    ] = NO_LICENCE,
+        Optional[str],  # noqa: UP045
+        typer.Option("--licence", metavar="TEXT", help="The terms under which the model may be used."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan, if need be; show every task, what it waits for and its time; end.")
     ] = False,
@@ -593,9 +594,9 @@ def run(
       autoseg run data/Dataset004_Hippocampus --time 45m --dry-run
       autoseg run data/Dataset004_Hippocampus --executor ray://10.0.0.1:6379
     """
-    from autoseg.executor import executor_of
-    from autoseg.experiment import outlook
-    from autoseg.experiment import run as everything
+    from autoseg.executor import executor_of, known_executor
+    from autoseg.pipeline import outlook
+    from autoseg.pipeline import run as everything
     from autoseg.training.loggers import asked_logs
     from autoseg.units import parse_bytes, parse_seconds
 
@@ -616,15 +617,15 @@ def run(
         "workers": _cores(workers),
     }
     if dry_run or print_commands:
+        known_executor(executor)
         contest, agenda = outlook(dataset, **asked)
         if dry_run:
             screen.say(agenda.table())
         if print_commands:
             from autoseg.agenda import commands
 
-            terms = "" if licence == NO_LICENCE else licence
             same: dict[str, Any] = {"device": device, "seed": seed, "logs": logs}
-            lines = commands(contest, dataset, workspace, **same, drop_cases=drop_cases, licence=terms)
+            lines = commands(contest, dataset, workspace, **same, drop_cases=drop_cases, licence=licence)
             screen.say("\n".join(lines))
         return DONE
     with executor_of(executor) as elsewhere, screen.experiment() as shown, screen.stop_signals() as stop:
@@ -693,7 +694,7 @@ def export(
       autoseg export data/Dataset004_Hippocampus hippocampus.zip --licence "CC-BY-SA 4.0"
       autoseg export data/Dataset004_Hippocampus hippocampus_onnx --onnx
     """
-    from autoseg.pipeline import load_plan, trained_configuration
+    from autoseg.stages import load_plan, trained_configuration
 
     plan, place = load_plan(dataset, workspace)
     name = configuration or trained_configuration(plan, place)
@@ -725,8 +726,8 @@ def report(
     Example:
       autoseg report data/Dataset004_Hippocampus
     """
-    from autoseg.pipeline import load_plan
     from autoseg.report import write_report
+    from autoseg.stages import load_plan
 
     _, place = load_plan(dataset, workspace)
     SCREEN.get().say(f"{write_report(place, output)}")

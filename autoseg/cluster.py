@@ -123,16 +123,13 @@ class RayExecutor:
         """As many as the nodes have room for."""
         kind = "cuda" if needs.gpus else "cpu"
         wanted = self._wanted(needs)
-        room = [
-            min(int(node["Resources"].get(name, 0) / amount) for name, amount in wanted.items() if amount)
-            for node in self._nodes()
-        ]
-        if not sum(room):
+        room = self._room(wanted)
+        if not room:
             most = {name: max(node["Resources"].get(name, 0) for node in self._nodes()) for name in wanted}
             raise PlanError(
                 f"--executor ray: no node has {_amounts(wanted)}; the most that one has is {_amounts(most)}."
             )
-        return (kind,) * sum(room)
+        return (kind,) * room
 
     def map(
         self,
@@ -165,9 +162,16 @@ class RayExecutor:
 
             waiting = {submit(index): index for index in range(len(items))}
             lost = dict.fromkeys(range(len(items)), 0)
+            told = False
             try:
                 while waiting and not stop():
                     done, _ = self.ray.wait(list(waiting), timeout=STOP_SECONDS)
+                    if not (done or told) and not self._room(wanted):
+                        told = True
+                        log.warning(
+                            "--executor ray: no node with %s is left; %d tasks wait until one joins the cluster.",
+                            _amounts(wanted), len(waiting),
+                        )  # fmt: skip
                     for reference in done:
                         index = waiting.pop(reference)
                         try:
@@ -186,6 +190,10 @@ class RayExecutor:
                 if waiting:  # until they are gone: what they write somebody else may write next
                     self.ray.wait(list(waiting), num_returns=len(waiting), timeout=PROBE_SECONDS)
 
+    def machines(self) -> int:
+        """The nodes that are there."""
+        return len(self._nodes())
+
     def close(self) -> None:
         """Remove what was copied, and leave the cluster."""
         with contextlib.suppress(self.ray.exceptions.RayError):
@@ -194,6 +202,13 @@ class RayExecutor:
                 [remove.options(**self._on(node["NodeID"])).remote() for node in self._nodes()], timeout=PROBE_SECONDS
             )
         self.ray.shutdown()
+
+    def _room(self, wanted: Mapping[str, Any]) -> int:
+        """How many tasks that want so much the nodes can hold at the same time."""
+        return sum(
+            min(int(node["Resources"].get(name, 0) / amount) for name, amount in wanted.items() if amount)
+            for node in self._nodes()
+        )
 
     def _wanted(self, needs: Needs) -> dict[str, Any]:
         """A task's share of a node, as Ray names it; not more cores than any node has."""

@@ -22,8 +22,8 @@ from autoseg.files import read_json
 from autoseg.forecast import Pace, Work
 from autoseg.inference.halving import FORK_SHARE, LEAST_CASES, LEAST_STEPS, judge
 from autoseg.inference.rungs import RUNGS, Contender, Length, Rung, find_contenders, read_rung
-from autoseg.pipeline import is_of_split
 from autoseg.plan import Plan
+from autoseg.stages import is_of_split
 from autoseg.training.folds import Fold
 from autoseg.training.loop import Standing, read_standing
 from autoseg.workspace import CHECKPOINT, SCORED, SUMMARY, VALIDATION, Workspace
@@ -131,6 +131,11 @@ class Contest:
         rest = Rung(len(self.folds), self.plan.id, 1.0, self.names, {})
         return Round(tuple(left), tuple(self._tasks([*left, *self.others], rest)), None)
 
+    def rounds(self) -> Iterator[Round]:
+        """What comes next, until nothing is left but to choose; somebody does it before the next one is asked for."""
+        while not (now := self.round()).is_over:
+            yield now
+
     def rungs(self) -> list[Rung]:
         """Those that are decided."""
         return [rung for rung in self._rungs() if rung.decided]
@@ -231,6 +236,17 @@ class Contest:
                 self.place.root, self.steps, "; ".join(others),
             )  # fmt: skip
 
+    def warn_of_other_seeds(self, seed: int) -> None:
+        """Tell which folds, trained to their end with another seed, stay as they are."""
+        tasks = [Task(name, fold) for name in self.configurations for fold in self.names]
+        standings = {task: self._standing(task) for task in tasks if self.is_done(task)}
+        others = [f"{task} (seed {s.seed})" for task, s in standings.items() if s is not None and s.seed != seed]
+        if others:
+            log.warning(
+                "%s: --seed %d holds for the folds that are left; trained to their end, and kept, are %s.",
+                self.place.root, seed, "; ".join(others),
+            )  # fmt: skip
+
     # ---- what is there
 
     def _standing(self, task: Task) -> Standing | None:
@@ -242,6 +258,10 @@ class Contest:
         if standing is None or is_of_length(standing, self.fork_length(task)):
             return False
         return self._is_scored(task, standing)
+
+    def is_begun(self, task: Task) -> bool:
+        """Whether a training of the fold is there."""
+        return self._standing(task) is not None
 
     def is_forked(self, task: Task) -> bool:
         """Whether the fork of a fold is trained and scored."""
@@ -300,10 +320,11 @@ class Contest:
         chance = math.ceil(len(now.contenders) / 2) / len(now.contenders) if forking and now.contenders else 1.0
         found: list[Work] = []
         for contender in (*now.contenders, *self.others):
+            stays = forking and contender in now.contenders and self._forks_few_steps(contender)
             for name in contender.configurations:
                 forks = forking and name in contender.members and contender in now.contenders
-                likely = chance if forks else 1.0
                 for fold in self.names:
+                    likely = chance if forks and not (stays and fold == "0") else 1.0
                     found += self._works_of(Task(name, fold), pace, chance=likely, forks=forks and fold == "0")
         rungs = self.open_rungs() if now.rung is not None else []
         configurations = [name for contender in now.contenders for name in contender.members]
@@ -311,6 +332,23 @@ class Contest:
             cases = sum(len(self.folds[int(fold)].validation) for fold in rung.folds)
             found.append(Work(left=pace.comparing(len(now.contenders), cases, configurations), chance=chance))
         return found
+
+    def _forks_few_steps(self, contender: Contender) -> bool:
+        """Whether a contender's fork will hardly have taken LEAST_STEPS, so that only a whole fold can drop it."""
+        return any(self._expected_steps(name) < LEAST_STEPS for name in contender.members)
+
+    def _expected_steps(self, configuration: str) -> float:
+        """Of its fork, by the forecast; infinite where nothing tells."""
+        length = self.fork_length(Task(configuration, "0")) or self.length(configuration).share(FORK_SHARE)
+        if length.steps is not None:
+            return length.steps
+        forecast = self.plan.forecasts.get(configuration)
+        each = forecast.seconds_per_step if forecast is not None else 0.0
+        return (length.seconds or 0.0) / each if each else math.inf
+
+    def can_drop(self, rung: Rung) -> bool:
+        """Whether a comparison is likely to end with candidates dropped; not where all forks are too short for it."""
+        return not rung.forks or not all(self._forks_few_steps(contender) for contender in self.contenders)
 
     def _works_of(self, task: Task, pace: Pace, *, chance: float, forks: bool) -> list[Work]:
         """What a fold still needs: the fork that is compared first, and the rest."""

@@ -108,7 +108,7 @@ def run_demo(
     from autoseg.inference.evaluation import evaluate_folders
     from autoseg.inference.predictor import load_model
     from autoseg.inference.run import predict_files
-    from autoseg.pipeline import plan_and_preprocess, train, validate
+    from autoseg.stages import plan_and_preprocess, train, validate
 
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -103,6 +103,10 @@ class Executor(Protocol):
     ) -> Results[Result]:
         """As `map_cases`; when `stop` says yes, asked once a second, it ends early."""
 
+    def machines(self) -> int:
+        """How many work."""
+        ...
+
     def close(self) -> None:
         """Leave nothing behind."""
         ...
@@ -145,6 +149,10 @@ class LocalExecutor:
         call = functools.partial(with_threads, needs.threads, function) if needs.threads else function
         return map_cases(call, items, workers=workers, names=names, beside=beside, stop=stop)
 
+    def machines(self) -> int:
+        """This one."""
+        return 1
+
     def close(self) -> None:
         """The workers end with this process."""
 
@@ -180,15 +188,21 @@ def executor_of(text: str) -> Iterator[Executor | None]:
     Whoever is given None takes a `LocalExecutor` with as many workers as suit what it does. Raises PlanError where the
     cluster is not there.
     """
-    name, _, address = text.partition("://")
-    if name not in EXECUTORS:
-        raise PlanError(unknown_choice("--executor", text, EXECUTORS))
-    executor = EXECUTORS[name](address)
+    _, _, address = text.partition("://")
+    executor = EXECUTORS[known_executor(text)](address)
     try:
         yield executor
     finally:
         if executor is not None:
             executor.close()
+
+
+def known_executor(text: str) -> str:
+    """The key of EXECUTORS that `--executor` names. Raises PlanError where there is none."""
+    name = text.partition("://")[0]
+    if name not in EXECUTORS:
+        raise PlanError(unknown_choice("--executor", text, EXECUTORS))
+    return name
 
 
 def map_cases(
@@ -377,7 +391,7 @@ class _Run:
     def _leave(self, worker: _Worker) -> None:
         with self.lock:
             self.busy.discard(worker)
-        if worker.healthy:
+        if worker.healthy and not worker.killed:  # it may have been killed just after its answer
             _release(worker)
         else:
             worker.end()
@@ -405,6 +419,7 @@ class _Worker:
         )
         self.peak_memory = 0
         self.healthy = True
+        self.killed = False
         self.ready = False
         with contextlib.suppress(OSError):  # died at once: `begin` will tell
             _pipe(self.process.stdin).write(json.dumps([str(entry) for entry in sys.path]).encode() + b"\n")
@@ -435,7 +450,7 @@ class _Worker:
 
     def kill(self) -> None:
         """End the process at once, in the midst of its case."""
-        self.healthy = False
+        self.killed = True
         self.process.kill()
 
     def end(self) -> int:

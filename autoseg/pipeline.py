@@ -1,599 +1,589 @@
-"""A raw dataset folder -> plan and store; plan and store -> a trained and scored fold. What the commands call."""
+"""A raw dataset and a time budget -> everything: plan, store, trained folds, what was chosen, model, report.
+
+State is the artefacts on disk: whatever is finished and still right is not made again, so a run that was stopped or
+killed is simply started again. Two runs never work in one workspace. `autoseg.contest` says what comes next.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import glob
 import logging
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoseg.dataset import RawDataset, list_cases
-from autoseg.errors import CheckpointError, DatasetError, PlanError, StorageError
-from autoseg.executor import host_memory_bytes, start_workers, stop_workers
-from autoseg.labels import Labels
+from autoseg.dataset import RawDataset
+from autoseg.errors import PlanError
+from autoseg.executor import Executor, Files, LocalExecutor, Needs
+from autoseg.files import remove_leftovers
 from autoseg.locks import alone
-from autoseg.plan import Budget, Configuration, Plan, PreprocessingSettings, Vector
-from autoseg.typed_json import to_json
-from autoseg.units import format_bytes, format_seconds
-from autoseg.workspace import CHECKPOINT, MODELS, Workspace
+from autoseg.plan import Plan
+from autoseg.stages import plan_and_preprocess, train, validate, workspace_of
+from autoseg.training.loggers import NO_LOGS, Logs, require_reachable
+from autoseg.units import format_seconds
+from autoseg.workspace import CHECKPOINT, HISTORY, RESUME, Workspace
 
 if TYPE_CHECKING:
-    from autoseg.executor import Executor
-    from autoseg.experiment_planning.fingerprint import Fingerprint
+    from autoseg.agenda import Agenda
+    from autoseg.contest import Contest, Round, Row, Task
     from autoseg.experiment_planning.superresolution import Asked
-    from autoseg.inference.summary import Evaluation
-    from autoseg.training.distributed import World
-    from autoseg.training.loggers import Logs
-    from autoseg.training.loop import Progress, TrainedFold
+    from autoseg.forecast import Pace
+    from autoseg.inference.rungs import Length
+    from autoseg.inference.selection import Selection
+    from autoseg.training.folds import Fold
+    from autoseg.training.loop import Progress
 
 log = logging.getLogger(__name__)
 
-LOCK_TRIES = 10  # seconds that a training which is being ended may still hold its fold
-PATIENCE_SECONDS = 2.0  # that the last cases may take of fewer workers, before all of them start again
+TRAINING_SHARE = 0.85  # of a run's time that trains; the rest plans, preprocesses, predicts held-out cases and reports
+PLANNED_OTHERWISE = 3.0  # times as long or as short as planned: a fold's network would be another one
+AIMED_SHARE = 0.98  # of the time for everything at which a run means to end
+LEAST_FOLD_SECONDS = 10.0  # what a fold gets even where the time is spent
+CORES_BESIDE_GPU = 4  # that prepare patches for it
+PROCESS_BYTES = 2 * 10**9  # of memory that a training takes beside its step: libraries, patches that wait
+LEAST_GROWTH = 1.25  # a training that goes on from a fork is at least so many times as long as that was
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What `plan_and_preprocess` did."""
+class Job:
+    """A fold to be trained to a budget, predicted and scored: plain values, so that any process can be given it."""
+
+    dataset: Path
+    """The raw dataset."""
+    workspace: Path
+    """`<workspace>/<dataset name>/`, with plan.json, folds.json and the filled store."""
+    configuration: str
+    fold: str
+    seconds: float | None = None
+    """Training time; what was begun keeps the time that it was begun with."""
+    steps: int | None = None
+    """Or steps; without either the plan says how long."""
+    device: str = "auto"
+    workers: int = 1
+    """Processes that score the predictions."""
+    cores: int | None = None
+    """That it has for itself; None: those of the machine."""
+    seed: int = 0
+    logs: Logs = NO_LOGS
+    """What is told of the training besides history.csv."""
+    before: Length | None = None
+    """The length of a fork that was trained first: a training with this budget goes on with the one of the job."""
+    is_fork: bool = False
+    """Whether this is such a fork: it is predicted without mirroring and pictures."""
+    cases: tuple[str, ...] | None = None
+    """Of the held-out ones, those that are predicted; all of them by default."""
+
+    def __str__(self) -> str:
+        return f"{self.configuration}, fold {self.fold}" + (", a part of its training" if self.is_fork else "")
+
+
+@dataclass(frozen=True)
+class JobDone:
+    """What became of a job, and the seconds that it took."""
+
+    job: Job
+    finished: bool
+    """False where a stop signal ended the training before its budget did; it is not predicted then."""
+    starting_seconds: float = 0.0
+    """To start the training and to end it, beside the steps."""
+    predicting_seconds: float = 0.0
+    """To predict and score what was held out; 0 where that was there already."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with."""
 
     plan: Plan
     workspace: Workspace
-    configurations: tuple[str, ...]
-    """The preprocessed ones."""
-    dropped: dict[str, str] = field(default_factory=dict)
-    """Broken cases that were left out, with the sentence that says why."""
+    selection: Selection | None
+    """None where the run was stopped before every fold was there."""
+    finished: bool
 
-    def summary(self) -> str:
-        """The forecast, one line for each configuration, and what to type next."""
-        lines = [f"{self.workspace.plan}"]
-        for name in self.configurations:
-            settings, forecast = self.plan.configuration(name), self.plan.forecasts.get(name)
-            patch = "x".join(map(str, settings.patch_size))
-            cost = ""
-            if forecast is not None:
-                cost = f", {format_bytes(forecast.memory_bytes)} a step"
-                if forecast.fold_seconds:  # 0 where no step was timed, because the plan is for another machine
-                    cost += f", {format_seconds(forecast.fold_seconds)} a fold"
-            lines.append(f"  {name}: patch {patch}, batch {settings.batch_size}{cost}")
-        return "\n".join(lines)
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.workspace.model.with_suffix(".zip")
 
 
-def plan_and_preprocess(
+def run(
     dataset_root: Path,
     *,
     workspace: Path | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
     gpu_memory_bytes: int | None = None,
-    fold_seconds: float | Callable[[Sequence[str]], float] | None = None,
     configurations: Sequence[str] | None = None,
     asked: Asked | None = None,
-    fill_store: bool = True,
     drop_broken: bool = False,
-    replan: bool = False,
-    keep_plan: bool = False,
-    reuse_plan: bool = False,
+    group_by: str | None = None,
+    folds: Path | None = None,
+    licence: str | None = None,
+    device: str = "auto",
+    workers: int = 1,
+    executor: Executor | None = None,
+    seed: int = 0,
+    logs: Logs = NO_LOGS,
+    clock: Callable[[], float] = time.monotonic,
+    on_part: Callable[[str], None] = lambda part: None,
+    on_step: Callable[[Progress], None] | None = None,
+    on_rows: Callable[[Sequence[Row], Collection[Task]], None] = lambda rows, running: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Plan, preprocess, train and validate the folds of every candidate, choose, export and report.
+
+    `seconds` is the time for everything, that of runs before which were ended too; it is divided over the folds that
+    are left, anew for each of them. `asked` are the grids of super-resolution. `steps` trains each fold for so many
+    steps instead. Without either the plan's own length of a fold holds. A plan that is there stays, unless something
+    else is asked for. Candidates that are beaten are trained no further. `on_rows` is told how every fold stands and
+    which are being trained. Cases are preprocessed and folds are trained by the `executor`, by default on this machine.
+    `stop` is asked after each step and each part: when it says yes the run ends where it is, to be started again.
+    Raises what the parts raise, and StorageError where another run works in the workspace.
+    """
+    began, timed = clock(), seconds is not None and steps is None
+    watch = _Watch(on_part, on_step, on_rows, stop, clock)
+    dataset_root, trainers = Path(dataset_root).resolve(), executor or LocalExecutor(workers)
+    require_reachable(logs, trainers.machines())
+    place = workspace_of(dataset_root, workspace)
+    with alone(place.lock, what=f"{place.root}: another run works here"):
+        remove_leftovers(place.root)
+        on_part("planning and preprocessing")
+        planned = plan_and_preprocess(
+            dataset_root,
+            workspace=workspace,
+            gpu_memory_bytes=gpu_memory_bytes,
+            fold_seconds=_fold_seconds(place, seconds),
+            configurations=configurations,
+            asked=asked,
+            drop_broken=drop_broken,
+            group_by=group_by,
+            folds=folds,
+            reuse_plan=True,
+            device=device,
+            workers=workers,
+            executor=executor,
+        )
+        from autoseg.contest import Contest
+        from autoseg.forecast import Pace
+
+        plan = planned.plan
+        split = find_folds(plan, place, drop_cases=planned.dropped)
+        contest = Contest(plan, place, split, steps, timed, tuple(configurations or ()))
+        contest.require_length()
+        contest.warn_of_other_seeds(seed)
+        pace = Pace(plan, workers)
+        ends = began + AIMED_SHARE * seconds - _spent(contest) if timed and seconds is not None else None
+        if timed and seconds is not None and not _spent(contest):
+            _warn_of_other_length(contest, _fold_time(contest, pace, seconds))
+
+        form = Job(dataset_root, place.root, "", "", device=device, workers=workers, seed=seed, logs=logs)
+        for now in contest.rounds():
+            if stop():
+                return Outcome(plan, place, None, finished=False)
+            left = None if ends is None else ends - clock()
+            if now.rung is not None and now.rung.forks and not now.rung.lengths:
+                contest.begin_forks(now.rung, fold_seconds=None if left is None else _fold_time(contest, pace, left))
+            elif now.tasks:
+                jobs = _next_jobs(form, now, contest, pace, left, trainers)
+                if not _train_folds(jobs, contest, pace, trainers, device, watch):
+                    return Outcome(plan, place, None, finished=False)
+            elif now.rung is not None:
+                _compare(now, contest, pace, dataset_root, watch, workers=workers)
+        on_rows(contest.rows(), ())
+        on_part("choosing")
+        selection = _select(dataset_root, contest, workers=workers)
+        on_part("exporting the model and writing the report")
+        _deliver(place, selection, licence=licence)
+        return Outcome(plan, place, selection, finished=True)
+
+
+def outlook(
+    dataset_root: Path,
+    *,
+    workspace: Path | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    configurations: Sequence[str] | None = None,
+    asked: Asked | None = None,
+    drop_broken: bool = False,
     group_by: str | None = None,
     folds: Path | None = None,
     device: str = "auto",
     workers: int = 1,
-    executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Planned:
-    """Fingerprint, plan and store of a raw dataset; what is there already and still right is not made again.
+) -> tuple[Contest, Agenda]:
+    """What `run` with these arguments has before it; it is planned as that would, and nothing is preprocessed.
 
-    `fold_seconds` may be a function of the names of what will be planned, the low resolution of a cascade aside.
-    `asked` are the grids of super-resolution. Without `fill_store` nothing is preprocessed.
-
-    `drop_broken` leaves broken cases out instead of refusing the dataset. A
-    plan that would change under trained models is refused unless `replan`, which puts them aside. `keep_plan`
-    preprocesses for the plan.json that is there; `reuse_plan` where that was made of this very dataset and answers
-    what is asked. `group_by` names what must not be parted by a fold: a JSON file of
-    case: patient, or "prefix" for cases whose names differ in their last part alone. `folds` is a file of folds, such
-    as nnU-Net's splits_final.json, that is taken as it is. Raises DatasetError, PlanError, StorageError.
+    Raises what planning raises.
     """
-    start_workers(workers)  # they start while this process does
-    if not keep_plan:
-        # sizing networks needs torch, whose import takes as long as measuring a small dataset: one beside the other
-        threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
-    dropped: dict[str, str] = {}
-    if drop_broken:
-        dataset, dropped = _without_broken_cases(Path(dataset_root), workers=workers)
-    else:
-        dataset = _whole_dataset(Path(dataset_root), workers=workers)
-    place = Workspace.of(dataset.root, workspace)
-    _check_writable(place)
-
-    from autoseg.preprocessing.run import preprocess
-
-    fill = functools.partial(
-        preprocess,
-        dataset,
-        workspace=place,
-        workers=workers,
-        executor=executor,
-        drop_cases=list(dropped),
-        progress=progress,
-    )
-    filled: tuple[PreprocessingSettings, ...] = ()
-    if keep_plan:
-        plan, _ = load_plan(dataset.root, workspace)
-        if group_by or folds:
-            _write_folds(dataset, place, workers=workers, drop_cases=list(dropped), group_by=group_by, given=folds)
-    else:
-        plan, filled = _plan(
-            dataset,
-            place,
-            Budget(gpu_memory_bytes or 0, 0.0 if callable(fold_seconds) else fold_seconds or 0.0, device),
-            fold_seconds=fold_seconds if callable(fold_seconds) else None,
+    timed = seconds is not None and steps is None
+    place = workspace_of(dataset_root, workspace)
+    with alone(place.lock, what=f"{place.root}: another run works here"):
+        plan = plan_and_preprocess(
+            dataset_root,
+            workspace=workspace,
+            gpu_memory_bytes=gpu_memory_bytes,
+            fold_seconds=_fold_seconds(place, seconds),
             configurations=configurations,
             asked=asked,
-            replan=replan,
-            reuse=reuse_plan,
-            workers=workers,
-            drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
+            fill_store=False,
+            drop_broken=drop_broken,
+            reuse_plan=True,
             group_by=group_by,
-            given_folds=folds,
-            fill=fill if fill_store else None,
-        )
-    planned = [configuration.name for configuration in plan.configurations]  # a cascade brings its low resolution along
-    names = tuple(configurations) if keep_plan and configurations else tuple(planned)
-    left = [store for store in plan.stores(names) if store not in filled]
-    if left and fill_store:
-        fill(left)
-    return Planned(plan, place, names, dropped)
+            folds=folds,
+            device=device,
+            workers=workers,
+        ).plan
 
-
-def _plan(
-    dataset: RawDataset,
-    place: Workspace,
-    budget: Budget,
-    *,
-    fold_seconds: Callable[[Sequence[str]], float] | None,
-    configurations: Sequence[str] | None,
-    asked: Asked | None,
-    replan: bool,
-    reuse: bool,
-    workers: int,
-    drop_cases: Sequence[str],
-    group_by: str | None,
-    given_folds: Path | None,
-    fill: Callable[..., bool] | None,
-) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
-    """The plan, and the stores that were filled while it was made."""
-    from autoseg.experiment_planning.draft import draft_plan
-    from autoseg.experiment_planning.fingerprint import extract_fingerprint
-    from autoseg.experiment_planning.folds import plan_folds
-    from autoseg.experiment_planning.label_ceiling import label_ceiling
-    from autoseg.experiment_planning.notes import Notes
-    from autoseg.experiment_planning.planner import first_stores, plan_experiment
-    from autoseg.experiment_planning.superresolution import Asked
-    from autoseg.training.folds import write_folds
-
-    fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
-    folds = plan_folds(
-        dataset.root,
-        fingerprint,
-        place.folds,
-        group_by=group_by,
-        given=given_folds,
-        before=_fingerprint_before(place),
-        trained=bool(_trained(place)) and not replan,
-    )
-    kept = None if replan else Plan.load(place.plan) if reuse and place.plan.exists() else _plan_of_models(place)
-    if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
-        log.info("%s: nothing that was asked differs from this plan; it stays.", place.plan)
-        if folds:  # the file was deleted
-            write_folds(place.folds, folds)
-        return kept, ()
-    ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
-    if fold_seconds is not None:
-        draft = draft_plan(fingerprint, configurations, asked or Asked(), ceiling, Notes())
-        budget = replace(budget, fold_seconds=fold_seconds(draft.wanted))
-    early: tuple[PreprocessingSettings, ...] = ()
-    unfilled = fill is not None and not _trained(place)
-    if unfilled and workers > 1:  # what trained models were made from stays until the plan may change
-        early = first_stores(fingerprint, configurations, asked, ceiling)
-    with _beside(fill, early, workers=workers) as filling:
-        plan = plan_experiment(fingerprint, budget, configurations=configurations, asked=asked, ceiling=ceiling)
-    _put_models_aside(plan, place, replan=replan)
-    if folds:
-        write_folds(place.folds, folds)
-    fingerprint.save(place.fingerprint)
-    plan.save(place.plan)
-    return plan, early if filling is not None and filling.result() else ()
-
-
-def _write_folds(
-    dataset: RawDataset,
-    place: Workspace,
-    *,
-    workers: int,
-    drop_cases: Sequence[str],
-    group_by: str | None,
-    given: Path | None,
-) -> None:
-    """The folds that are asked for beside a plan that stays; it may have been made elsewhere, so cases are measured."""
-    from autoseg.experiment_planning.fingerprint import extract_fingerprint
-    from autoseg.experiment_planning.folds import plan_folds
-    from autoseg.training.folds import write_folds
-
-    fingerprint = extract_fingerprint(dataset, workers=workers, drop_cases=drop_cases)
-    trained = bool(_trained(place))
-    folds = plan_folds(dataset.root, fingerprint, place.folds, group_by=group_by, given=given, trained=trained)
-    if folds:
-        write_folds(place.folds, folds)
-
-
-@contextlib.contextmanager
-def _beside(
-    fill: Callable[..., bool] | None, stores: tuple[PreprocessingSettings, ...], *, workers: int
-) -> Iterator[Future[bool] | None]:
-    """Fill `stores` while the `with` block sizes networks: it takes one core, the workers the others.
-
-    When the block ends, what is not filled within a moment is left to all of them. Gives whether everything is there,
-    in the end.
-    """
-    if not stores or fill is None:
-        yield None
-        return
-    ended = threading.Event()
-    stop_workers(keep=workers - 1)  # their memory is better used by what the block does
-    with ThreadPoolExecutor(1) as thread:
-        filling = thread.submit(fill, stores, stop=ended.is_set, workers=workers - 1, beside=True)
-        try:
-            yield filling
-            with contextlib.suppress(TimeoutError):
-                filling.result(timeout=PATIENCE_SECONDS)
-        finally:
-            ended.set()
-    if not filling.result():
-        start_workers(workers)
-
-
-def _fingerprint_before(place: Workspace) -> Fingerprint | None:
-    """The fingerprint of the planning before; None where there is none, or it cannot be read."""
+    from autoseg.agenda import agenda
+    from autoseg.contest import Contest
     from autoseg.experiment_planning.fingerprint import Fingerprint
+    from autoseg.forecast import Pace
+    from autoseg.preprocessing.store import Store
+    from autoseg.training.folds import load_folds, make_folds
 
-    with contextlib.suppress(DatasetError):
-        return Fingerprint.load(place.fingerprint)
-    return None
-
-
-def _plan_of_models(place: Workspace) -> Plan | None:
-    """The plan that is there, where folds are trained; None where there is neither or it cannot be read."""
-    if not place.plan.exists() or not _trained(place):
-        return None
-    try:
-        return Plan.load(place.plan)
-    except PlanError:
-        return None
-
-
-def asked_super_resolution(
-    *,
-    input_spacing: Sequence[float] | None,
-    output_spacing: Sequence[float] | None,
-    scale: Sequence[float] | None,
-    task: str,
-) -> Asked | None:
-    """What the user wants of super-resolution; None where nothing was said. Raises PlanError naming the option."""
-    from autoseg.experiment_planning.superresolution import Asked
-
-    asked = Asked(_vector(input_spacing), _vector(output_spacing), tuple(scale) if scale else None, task)
-    asked.check()
-    return None if asked == Asked() else asked
+    cases = Fingerprint.load(place.fingerprint).cases
+    names = [case.identifier for case in cases]
+    split = load_folds(place.folds, names) if place.folds.exists() else make_folds(names)
+    contest = Contest(plan, place, tuple(split), steps, timed, tuple(configurations or ()))
+    pace = Pace(plan, workers)
+    missing = [one for one in plan.stores() if not all(map(Store(place.store(one)).has, names))]
+    preprocessing = len(missing) * pace.preprocessing([case.shape for case in cases])
+    whole = None
+    if timed and seconds is not None:
+        whole = _fold_time(contest, pace, AIMED_SHARE * seconds - _spent(contest) - preprocessing)
+    return contest, agenda(contest, pace, fold_seconds=whole, preprocessing=preprocessing)
 
 
-def _vector(values: Sequence[float] | None) -> Vector | None:
-    if values is None:
-        return None
-    z, y, x = values
-    return z, y, x
+def _next_jobs(
+    form: Job, now: Round, contest: Contest, pace: Pace, left: float | None, executor: Executor
+) -> list[Job]:
+    """As many of a round as can be done at the same time, each with its device; one without, where it is done here.
 
-
-def _trained(place: Workspace) -> list[Path]:
-    """The checkpoints that are there."""
-    return sorted(place.models.glob(f"*/fold_*/{CHECKPOINT}"))
-
-
-def _answers(plan: Plan, budget: Budget, configurations: Sequence[str] | None, asked: Asked | None) -> bool:
-    """Whether a plan was made for what is asked now; what was not given (0 or None) may be anything."""
-    known = next((d.value for d in plan.decisions if d.name == "super_resolution.asked"), None)
-    return (
-        (asked is None or to_json(asked) == known)
-        and budget.gpu_memory_bytes in (0, plan.budget.gpu_memory_bytes)
-        and budget.fold_seconds in (0.0, plan.budget.fold_seconds)
-        and {configuration.name for configuration in plan.configurations} >= set(configurations or ())
-    )
-
-
-def workspace_of(dataset_root: Path, workspace: Path | None = None) -> Workspace:
-    """The place of a dataset's artefacts; nothing is made. Raises DatasetError where `dataset_root` is no dataset."""
-    return Workspace.of(list_cases(Path(dataset_root)).dataset.root, workspace)
-
-
-def load_plan(dataset_root: Path, workspace: Path | None = None) -> tuple[Plan, Workspace]:
-    """The plan of a dataset and the place of its artefacts.
-
-    Raises PlanError where there is none, or where the workspace belongs to another dataset.
+    A configuration at a time, since its needs are its own.
     """
-    dataset = list_cases(Path(dataset_root)).dataset
-    place = Workspace.of(dataset.root, workspace)
-    if not place.plan.exists():
-        raise PlanError(
-            f"{place.plan}: there is no plan yet; run `autoseg plan-and-preprocess {dataset_root}`, with the same "
-            "--workspace if you use one."
-        )
-    plan = Plan.load(place.plan)
-    for what, planned, found in (
-        ("name", plan.dataset, dataset.name),
-        ("channels", plan.channels, dataset.channels),
-        ("channels on grids of their own", plan.reference_channels, dataset.reference_channels),
-        ("labels", plan.labels, dataset.labels),
-        ("file ending", plan.file_ending, dataset.file_ending),
-    ):
-        if planned != found:
-            raise PlanError(
-                f"{place.root}: this workspace belongs to another dataset (its {what}: {_shown(planned)}; of "
-                f"{dataset.root}: {_shown(found)}); choose another --workspace, or plan anew."
-            )
-    return plan, place
+    first = now.tasks[0].configuration
+    tasks = [task for task in now.tasks if task.configuration == first]
+    needs = needs_of(contest.plan, first, form.device)
+    places = executor.places(form.device, needs)
+    forms = [replace(form, device=device, workers=needs.cores, cores=needs.cores) for device in places] or [form]
+    turns = math.ceil(len(tasks) / len(forms))
+    chosen = zip(forms, tasks, strict=False)
+    return [_job(one, task, now, contest, pace, left, at_once=len(tasks) / turns) for one, task in chosen]
 
 
-def trained_configuration(plan: Plan, place: Workspace) -> str:
-    """The configuration of which folds are trained, if there is one; a cascade counts for both of its stages.
+def needs_of(plan: Plan, configuration: str, device: str) -> Needs:
+    """What a fold takes: a GPU or the threads that a training here would have, and the memory of the forecast."""
+    import torch
 
-    Raises PlanError where there is none, or several that must be chosen from.
-    """
-    trained = [c for c in plan.configurations if list(place.fold(c.name, "0").parent.glob(f"fold_*/{CHECKPOINT}"))]
-    stages = {c.previous_stage for c in trained}
-    names = [c.name for c in trained if c.name not in stages]
-    if not names:
-        raise PlanError(f"{place.root}: no fold is trained yet; run `autoseg train-fold` first.")
-    if len(names) > 1:
-        raise PlanError(f"{place.root}: several configurations are trained; choose one of {', '.join(names)}.")
-    return names[0]
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, Labels):
-        pairs = zip(value.names, value.values, strict=False)  # of a plan that was edited, perhaps
-        return ", ".join(f"{name} {'+'.join(map(str, values))}" for name, values in pairs)
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _put_models_aside(plan: Plan, place: Workspace, *, replan: bool) -> None:
-    """Refuse to change the plan under trained models, or move them to a folder that is named after their plan."""
-    models = place.models
-    trained = _trained(place)
-    if not trained or not place.plan.exists():
-        return
-    try:
-        before = Plan.load(place.plan).id
-    except PlanError:
-        before = "damaged_plan"
-    if before == plan.id:
-        return
-    if not replan:
-        raise PlanError(
-            f"{place.root}: {len(trained)} folds are trained by another plan ({trained[0].parent} is one); choose "
-            "another --workspace, or --replan to put them aside and plan anew."
-        )
-    aside = place.root / f"{MODELS}_of_plan_{before}"
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = place.root / f"{MODELS}_of_plan_{before}_{number}"
-    try:
-        os.replace(models, aside)
-    except OSError as error:
-        raise StorageError(f"{models}: cannot be put aside ({error.strerror}).") from error
-    log.warning("The models of the plan before are in %s now.", aside)
-
-
-def _whole_dataset(root: Path, *, workers: int) -> RawDataset:
-    """The dataset, if no file is missing; else every broken case is named at once, those with damaged files too."""
-    listing = list_cases(root)
-    if listing.problems:
-        from autoseg.experiment_planning.verify import verify_dataset
-
-        training = {case.identifier for case in listing.dataset.cases} | set(listing.problems)
-        errors = [p for p in verify_dataset(root, workers=workers).errors if not p.case or p.case in training]
-        broken = {problem.case for problem in errors if problem.case}
-        sentences = "\n".join(f"  {_naming(problem.case, problem.sentence)}" for problem in errors)
-        raise DatasetError(
-            f"{root}: {len(broken)} of {len(training)} training cases cannot be used; add or repair their files, or "
-            f"leave them out with --drop-cases:\n{sentences}"
-        )
-    return RawDataset.load(root)
-
-
-def _naming(case: str, sentence: str) -> str:
-    return sentence if not case or case in sentence else f"Case {case}: {sentence}"
-
-
-def _without_broken_cases(root: Path, *, workers: int) -> tuple[RawDataset, dict[str, str]]:
-    from autoseg.experiment_planning.verify import verify_dataset
-
-    report = verify_dataset(root, workers=workers)
-    for problem in report.errors:
-        if not problem.case:
-            raise DatasetError(problem.sentence)
-    dataset = list_cases(root).dataset
-    broken = {problem.case: problem.sentence for problem in report.errors if problem.case in report.cases}
-    if all(case.identifier in broken for case in dataset.cases):
-        raise DatasetError(f"{root}: every training case is broken; see `autoseg verify {root}`.")
-    return dataset, broken
-
-
-def _check_writable(place: Workspace) -> None:
-    """Refuse a workspace that cannot be written before hours of work. Raises StorageError."""
-    from autoseg.files import write_text
-
-    probe = place.root / ".writable"
-    try:
-        write_text(probe, "")
-    except StorageError as error:
-        raise StorageError(str(error).replace(str(probe), str(place.root))) from error
-    probe.unlink(missing_ok=True)
-
-
-def require_current_store(dataset_root: Path, plan: Plan, configuration: str, *, workspace: Workspace) -> None:
-    """Refuse to train on a store that was made from other files than the dataset has now. Raises PlanError."""
-    from autoseg.preprocessing.run import outdated_cases
-
-    dataset = list_cases(Path(dataset_root)).dataset
-    changed, gone = outdated_cases(dataset, plan.configuration(configuration).preprocessing, workspace)
-    if changed or gone:
-        what = [f"{', '.join(names[:5])} ({word})" for names, word in ((changed, "changed"), (gone, "gone")) if names]
-        raise PlanError(
-            f"{workspace.root}: the files of {len(changed) + len(gone)} cases are not those that were preprocessed: "
-            f"{'; '.join(what)}; run `autoseg plan-and-preprocess` again."
-        )
-
-
-def require_folds(dataset_root: Path, *, workspace: Workspace) -> None:
-    """Make the folds as planning does where their file was deleted, so that equal images still share one."""
-    from autoseg.experiment_planning.folds import plan_folds
-    from autoseg.training.folds import write_folds
-
-    before = _fingerprint_before(workspace)
-    if before is not None and not workspace.folds.exists():
-        folds = plan_folds(Path(dataset_root), before, workspace.folds)
-        if folds:
-            write_folds(workspace.folds, folds)
-
-
-def _require_memory(configuration: Configuration, device: str) -> None:
-    """Refuse a step that cannot fit, before the system ends the process without a word. Raises PlanError.
-
-    What is counted is certainly needed: the parameters with gradients and two moments, and what the convolutions at
-    full resolution keep for the backward pass, in bf16. A GPU says itself that it is full.
-    """
     from autoseg.device import resolve_device
 
-    if resolve_device(device).type != "cpu":
+    threads, forecast = torch.get_num_threads(), plan.forecasts.get(configuration)
+    if resolve_device(device).type == "cuda":
+        return Needs(CORES_BESIDE_GPU, 1, PROCESS_BYTES)
+    return Needs(threads, 0, PROCESS_BYTES + (forecast.memory_bytes if forecast is not None else 0), threads)
+
+
+def files_of(plan: Plan, place: Workspace, dataset: Path) -> Files:
+    """What jobs read and write."""
+
+    def below(folder: Path, pattern: str) -> str:
+        return f"{glob.escape(str(folder))}/{pattern}"
+
+    def reads(job: Job) -> list[str]:
+        settings = plan.configuration(job.configuration)
+        stage = place.models / settings.previous_stage if settings.previous_stage else None
+        return [
+            below(dataset, "**"),
+            below(place.root, "*.json"),
+            below(place.store(settings.preprocessing), "*"),
+            *([below(stage, "*/validation/*"), below(stage, "next_stage/**")] if stage is not None else []),
+            *writes(job),
+        ]
+
+    def writes(job: Job) -> list[str]:
+        return [below(place.fold(job.configuration, job.fold), "**")]
+
+    return Files((dataset, place.root), reads, writes)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Who is told of a run, and who may stop it; see `run`."""
+
+    on_part: Callable[[str], None]
+    on_step: Callable[[Progress], None] | None
+    on_rows: Callable[[Sequence[Row], Collection[Task]], None]
+    stop: Callable[[], bool]
+    clock: Callable[[], float]
+
+
+def _train_folds(
+    jobs: Sequence[Job], contest: Contest, pace: Pace, executor: Executor, device: str, watch: _Watch
+) -> bool:
+    """Train folds, at the same time where there are places for it; False where the run was told to stop."""
+    from autoseg.contest import Task
+
+    left = {Task(job.configuration, job.fold) for job in jobs}
+    watch.on_rows(contest.rows(), left)
+    watch.on_part("; ".join(map(str, jobs)))
+    with contextlib.closing(_done(jobs, contest.plan, executor, device, watch)) as ended:
+        for done in ended:
+            if not done.finished:
+                return False
+            _take_note(done, contest, pace)
+            left.discard(Task(done.job.configuration, done.job.fold))
+            if left:
+                watch.on_rows(contest.rows(), left)
+    return True
+
+
+def _compare(now: Round, contest: Contest, pace: Pace, dataset: Path, watch: _Watch, *, workers: int) -> None:
+    """Decide who of a round goes on."""
+    assert now.rung is not None
+    watch.on_part(f"comparing {len(now.contenders)} candidates: {now.rung.name}")
+    start = watch.clock()
+    decided = contest.judged(now, RawDataset.load(dataset), workers=workers)
+    decided.save(contest.place)
+    pace.compared(len(now.contenders), decided.cases, watch.clock() - start)
+    for decision in decided.decisions():
+        watch.on_part(f"{decision.name}: {decision.because}")
+
+
+def _done(
+    jobs: Sequence[Job], plan: Plan, executor: Executor, device: str, watch: _Watch
+) -> Generator[JobDone, None, None]:
+    """Each job when it is done; `device` is what the user asked for.
+
+    Raises the error of the first that fails; the others are ended.
+    """
+    first = jobs[0]
+    needs = needs_of(plan, first.configuration, device)
+    if not executor.places(device, needs):
+        yield run_job(first, on_step=watch.on_step, stop=watch.stop, clock=watch.clock)
         return
-    a, voxels = configuration.architecture, configuration.batch_size * math.prod(configuration.patch_size)
-    weights = sum(n * math.prod(k) * f * f for n, k, f in zip(a.encoder_convs, a.kernels, a.features, strict=True))
-    finest = a.encoder_convs[0] + sum(a.decoder_convs[-1:])
-    needed, limit = 16 * weights + 2 * 2 * voxels * a.features[0] * finest, host_memory_bytes()
-    if needed > limit:
+    from autoseg.inference.cascade import prepare_previous_stage
+
+    place = Workspace(first.workspace)
+    prepare_previous_stage(plan, first.configuration, workspace=place, workers=first.workers)  # once, for all of them
+    results = executor.map(
+        run_job,
+        jobs,
+        names=[f"{job}" for job in jobs],
+        needs=needs,
+        files=files_of(plan, place, first.dataset),
+        stop=watch.stop,
+    )
+    count = 0
+    with contextlib.closing(results):
+        for _, result in results:
+            if isinstance(result, Exception):
+                raise result
+            count += 1
+            yield result
+    if count < len(jobs):  # it was told to stop
+        yield JobDone(first, finished=False)
+
+
+def _job(one: Job, task: Task, now: Round, contest: Contest, pace: Pace, left: float | None, *, at_once: float) -> Job:
+    """The job of a task of a round; `left` are the seconds of the time for everything, if that was asked for."""
+    job = replace(one, configuration=task.configuration, fold=task.fold)
+    fork = contest.fork_length(task)
+    if fork is not None and now.forks(task):
+        cases = contest.fork_cases(task, pace)
+        return replace(job, steps=fork.steps, seconds=fork.seconds, is_fork=True, cases=cases)
+    if left is None:
+        length = contest.length(task.configuration)
+        return replace(job, steps=length.steps, seconds=length.seconds, before=fork)
+    least = LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
+    return replace(job, seconds=max(_fold_time(contest, pace, left, at_once=at_once), least), before=fork)
+
+
+def _take_note(done: JobDone, contest: Contest, pace: Pace) -> None:
+    """What a job took is what the next ones will."""
+    job = done.job
+    pace.starting = max(pace.starting, done.starting_seconds)
+    if done.predicting_seconds:
+        cases = len(job.cases or contest.folds[int(job.fold)].validation)
+        pace.predicted(job.configuration, cases, done.predicting_seconds, mirroring=not job.is_fork)
+
+
+def _fold_time(contest: Contest, pace: Pace, left: float, *, at_once: float = 1) -> float:
+    """Seconds that a whole fold may train, when all that is still to be done shall end in `left` seconds.
+
+    `at_once`: folds that are trained at the same time, on the average.
+    """
+    from autoseg.forecast import fold_seconds
+
+    names = [name for contender in contest.round().contenders for name in contender.members]
+    cases = sum(len(fold.validation) for fold in contest.folds)
+    seconds = fold_seconds(at_once * (left - pace.finishing(names, cases)), contest.works(pace))
+    if seconds < LEAST_FOLD_SECONDS:
+        log.warning(
+            "%s: the time is spent; each fold that is left trains for %d s, and the run ends later than was asked.",
+            contest.place.root, LEAST_FOLD_SECONDS,
+        )  # fmt: skip
+    return max(LEAST_FOLD_SECONDS, seconds)
+
+
+def _warn_of_other_length(contest: Contest, fold_seconds: float) -> None:
+    """Tell that the plan, which nobody has trained by yet, was made for folds much longer or shorter than these."""
+    planned = contest.plan.budget.fold_seconds
+    if planned and not 1 / PLANNED_OTHERWISE < fold_seconds / planned < PLANNED_OTHERWISE:
+        log.warning(
+            "%s was made for folds of %s, and this time leaves each about %s; delete it to have one made for that.",
+            contest.place.plan, format_seconds(planned), format_seconds(fold_seconds),
+        )  # fmt: skip
+
+
+def _spent(contest: Contest) -> float:
+    """About the seconds that earlier runs, which were ended, have worked: from what they trained."""
+    return sum(contest.trained_seconds().values()) / TRAINING_SHARE
+
+
+def find_folds(plan: Plan, place: Workspace, *, drop_cases: Collection[str] = ()) -> tuple[Fold, ...]:
+    """The folds; they are made if missing. Raises PlanError where one holds nothing out: it could not be compared."""
+    from autoseg.preprocessing.store import Store
+    from autoseg.training.folds import load_or_make_folds
+
+    store = Store(place.store(plan.configurations[0].preprocessing))
+    folds = tuple(load_or_make_folds(place.folds, [case for case in store.cases() if case not in drop_cases]))
+    idle = next((str(number) for number, fold in enumerate(folds) if not fold.validation), None)
+    if idle is not None:
         raise PlanError(
-            f"Configuration {configuration.name}: a step of batch {configuration.batch_size} with patch "
-            f"{list(configuration.patch_size)} needs at least {format_bytes(needed)}, this machine has "
-            f"{format_bytes(limit)}; take a smaller batch, patch or network."
+            f"{place.folds}: fold {idle} holds out no case, and a run chooses by held-out cases; leave it out of "
+            "the file, or train it with `autoseg train-fold` alone."
         )
+    return folds
 
 
-def train(
-    plan: Plan,
-    configuration: str,
-    fold: str,
+def run_job(
+    job: Job,
     *,
-    workspace: Workspace,
-    device: str = "auto",
-    seconds: float | None = None,
-    steps: int | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    workers: int | None = None,
-    world: World | None = None,
-    logs: Logs | None = None,
     on_step: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> TrainedFold:
-    """Train one fold; a cascade first brings the held-out predictions of its previous stage into a store.
+    clock: Callable[[], float] = time.monotonic,
+) -> JobDone:
+    """Train a fold, or go on with it, then predict and score its held-out cases: only what is missing on the disk.
 
-    `world` are the processes that train it together; by default this one alone. `logs` are told of every row of
-    history.csv. Raises what the two parts raise: PlanError, CheckpointError, StorageError, WorkerError.
+    A job needs of others only that the folds of its previous stage are done, so jobs may run at the same time, in any
+    process and on any machine that sees both folders; no two of them on one fold. A job that was killed is run again,
+    here or elsewhere. Raises PlanError, CheckpointError, StorageError, WorkerError.
     """
-    _require_memory(plan.configuration(configuration), device)
-    from autoseg.inference.cascade import prepare_previous_stage
-    from autoseg.training.distributed import ALONE
-    from autoseg.training.loggers import NO_LOGS
-    from autoseg.training.loop import train_fold
+    from autoseg.contest import is_of_length, standing_of
+    from autoseg.training.batches import default_workers
 
-    world = world or ALONE
-    with world.one_after_another():
-        previous = prepare_previous_stage(plan, configuration, workspace=workspace, workers=workers or 1)
-    lock, what = workspace.fold_lock(configuration, fold), f"{configuration}, fold {fold}: another training works on it"
-    with alone(lock, what=what, tries=LOCK_TRIES) if world.first else contextlib.nullcontext():
-        return train_fold(
+    place = Workspace(job.workspace)
+    plan = Plan.load(place.plan)
+    folder = place.fold(job.configuration, job.fold)
+    began = clock()
+    standing = standing_of(plan, folder)
+    if standing is None:  # what is there is of a run that was ended before it had a model: it begins anew
+        for left in (HISTORY, RESUME):
+            (folder / left).unlink(missing_ok=True)
+    forked = standing is not None and job.before is not None and is_of_length(standing, job.before)
+    timer = _Timer(clock, on_step)
+    if standing is None or forked or not standing.finished:
+        trained = train(
             plan,
-            configuration,
-            fold,
-            workspace=workspace,
-            device=device,
-            seconds=seconds,
-            steps=steps,
-            resume=resume,
-            seed=seed,
-            workers=workers,
-            previous=previous,
-            world=world,
-            logs=logs or NO_LOGS,
-            on_step=on_step,
+            job.configuration,
+            job.fold,
+            workspace=place,
+            device=job.device,
+            seconds=job.seconds if standing is None or forked else None,
+            steps=job.steps,
+            resume=standing is not None,
+            seed=job.seed,
+            workers=default_workers(cores=job.cores),
+            logs=job.logs,
+            on_step=timer,
             stop=stop,
         )
-
-
-def is_of_split(plan: Plan, configuration: str, fold: str, *, workspace: Workspace) -> bool:
-    """Whether a fold is, or would be, trained on the very cases that `folds.json` names for it now."""
-    from autoseg.preprocessing.store import Store
-    from autoseg.training.folds import load_or_make_folds, select_fold
-    from autoseg.training.loop import read_standing
-
-    standing = read_standing(workspace.fold(configuration, fold))
-    cases = Store(workspace.store(plan.configuration(configuration).preprocessing)).cases()
-    split = select_fold(load_or_make_folds(workspace.folds, cases), fold, cases)
-    return standing is None or standing.cases == split.id
-
-
-def validate(
-    dataset_root: Path,
-    plan: Plan,
-    configuration: str,
-    fold: str,
-    *,
-    workspace: Workspace,
-    cases: Sequence[str] | None = None,
-    mirroring: bool = True,
-    pictures: bool = True,
-    device: str = "auto",
-    workers: int = 1,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Evaluation | None:
-    """Predict and score the cases that a trained fold held out, or some of them; None for a fold without any."""
-    from autoseg.inference.cascade import held_out_cases
-    from autoseg.inference.crossval import validate_fold
-    from autoseg.training.folds import ALL
-
-    if fold == ALL or (fold.isdigit() and held_out_cases(workspace.folds)[int(fold) :][:1] == [[]]):
-        return None
-    if not is_of_split(plan, configuration, fold, workspace=workspace):
-        raise CheckpointError(
-            f"{workspace.fold(configuration, fold)}: this fold was trained on other cases than {workspace.folds} names "
-            "now, so it may know those that it holds out; restore that file, or delete the folder and train it anew."
-        )
-    dataset = list_cases(Path(dataset_root)).dataset
-    return validate_fold(
-        dataset,
+        if not trained.finished:
+            return JobDone(job, finished=False)
+    middle = clock()
+    if stop():
+        return JobDone(job, finished=False)
+    validate(
+        job.dataset,
         plan,
-        configuration,
-        fold,
-        workspace=workspace,
-        cases=cases,
-        device=device,
-        mirroring=mirroring,
-        workers=workers,
-        pictures=pictures,
-        progress=progress,
+        job.configuration,
+        job.fold,
+        workspace=place,
+        cases=job.cases,
+        mirroring=not job.is_fork,
+        pictures=not job.is_fork,
+        device=job.device,
+        workers=job.workers,
     )
+    return JobDone(job, True, max(0.0, middle - began - timer.training_seconds), clock() - middle)
+
+
+class _Timer:
+    """Passes a training's progress on, and takes the time between its first and its last step."""
+
+    def __init__(self, clock: Callable[[], float], on_step: Callable[[Progress], None] | None) -> None:
+        self._clock, self._on_step = clock, on_step
+        self._first: float | None = None
+        self.training_seconds = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = self._clock()
+        if self._first is None:
+            self._first = now
+        self.training_seconds = now - self._first
+        if self._on_step is not None:
+            self._on_step(progress)
+
+
+def _select(root: Path, contest: Contest, *, workers: int) -> Selection:
+    from autoseg.inference.image_selection import select_by_image
+    from autoseg.inference.selection import select
+
+    plan, place = contest.plan, contest.place
+    if contest.contenders:
+        names = [name for contender in contest.round().contenders for name in contender.members]
+        selection = select(RawDataset.load(root), plan, names, workspace=place, rungs=contest.rungs(), workers=workers)
+    else:
+        selection = select_by_image(plan, contest.configurations, workspace=place)
+    selection.save(place.selection)
+    return selection
+
+
+def _deliver(place: Workspace, selection: Selection, *, licence: str | None) -> None:
+    """Model and report; without a `licence` that of the model which is there holds on."""
+    from autoseg.inference.package import NO_LICENCE, export_model, licence_of
+    from autoseg.report import write_report
+
+    names = [member.configuration for member in selection.chosen.members]
+    licence = licence or licence_of(place.model) or NO_LICENCE
+    for output in (place.model, place.model.with_suffix(".zip")):
+        export_model(place, names, output, licence=licence, selection=place.selection, replace=True)
+    write_report(place)
+
+
+def _fold_seconds(place: Workspace, seconds: float | None) -> Callable[[Sequence[str]], float] | float | None:
+    """Training time of one fold: that of the plan that is there, else a share of the run's, by its candidates."""
+    if seconds is None:
+        return None
+    if place.plan.exists():
+        with contextlib.suppress(PlanError):
+            plan = Plan.load(place.plan)
+            if any(place.models.glob(f"*/fold_*/{CHECKPOINT}")):
+                return plan.budget.fold_seconds or None
+    return functools.partial(_planned_fold_seconds, seconds)
+
+
+def _planned_fold_seconds(seconds: float, candidates: Sequence[str]) -> float:
+    """What a fold is planned for, before anything is measured: half of the candidates are trained to the end."""
+    from autoseg.inference.halving import FORK_SHARE
+    from autoseg.training.folds import FOLDS
+
+    count = len(candidates)
+    forks = count * FORK_SHARE / 2 if count > 1 else 0.0
+    return seconds * TRAINING_SHARE / (forks + FOLDS * math.ceil(count / 2))

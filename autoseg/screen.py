@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -185,7 +185,7 @@ class RunLines:
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
-        self._scored: set[str] = set()
+        self._scored: set[Task] = set()
         self._training = _PlainTraining(note, "training")
 
     def part(self, text: str) -> None:
@@ -196,14 +196,14 @@ class RunLines:
         """A training took a step."""
         self._training(progress)
 
-    def rows(self, rows: Sequence[Row], running: Task | None) -> None:
-        """How every fold stands, and which is trained now."""
-        done = {f"{row.task}": row for row in rows if row.state == "done" and row.dice is not None}
-        if running is not None:
-            self._training = _PlainTraining(self._note, f"{running}")
-        for name in done.keys() - self._scored:
-            self._note(f"{name}: mean Dice {done[name].dice:.4f} of the held-out cases")
-        self._scored |= done.keys()
+    def rows(self, rows: Sequence[Row], running: Collection[Task]) -> None:
+        """How every fold stands, and which are trained now."""
+        if running:
+            self._training = _PlainTraining(self._note, "; ".join(sorted(map(str, running))))
+        for row in rows:
+            if row.state == "done" and row.dice is not None and row.task not in self._scored:
+                self._note(f"{row.task}: mean Dice {row.dice:.4f} of the held-out cases")
+                self._scored.add(row.task)
 
 
 class RunTable(RunLines):
@@ -213,7 +213,7 @@ class RunTable(RunLines):
         super().__init__(note)
         self._began = time.monotonic()
         self._rows: Sequence[Row] = ()
-        self._running: Task | None = None
+        self._running: Collection[Task] = ()
         self._part = ""
         self._progress: Progress | None = None
 
@@ -223,7 +223,7 @@ class RunTable(RunLines):
     def step(self, progress: Progress) -> None:
         self._progress = progress
 
-    def rows(self, rows: Sequence[Row], running: Task | None) -> None:
+    def rows(self, rows: Sequence[Row], running: Collection[Task]) -> None:
         self._rows, self._running, self._progress = rows, running, None
 
     def draw(self) -> RenderableType:
@@ -239,7 +239,9 @@ class RunTable(RunLines):
 
     def _cell(self, row: Row) -> str:
         score = "" if row.dice is None else f"{row.dice:.4f}"
-        if row.task == self._running and row.state != "done":
+        if row.task in self._running and row.state != "done":
+            if len(self._running) > 1:  # in processes of their own, maybe on other machines
+                return "[bold]at work"
             share = 0.0 if self._progress is None else self._progress.fraction
             return f"[bold]{'predicting' if share >= 1 else f'{share:.0%}'}"
         return {"done": f"[green]{score}", "fork": f"[dim]({score})", "dropped": f"[dim]dropped {score}"}.get(

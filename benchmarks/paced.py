@@ -48,7 +48,7 @@ class Training:
 
     def time_steps(self) -> None:
         """Add the seconds of a step, after the first third of a short training, to what is known."""
-        from autoseg.pipeline import load_plan, train
+        from autoseg.stages import load_plan, train
 
         shutil.rmtree(self.folder, ignore_errors=True)
         plan, place = load_plan(self.dataset, self.workspace)

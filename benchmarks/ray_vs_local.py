@@ -18,8 +18,8 @@ from pathlib import Path
 
 from autoseg.checkpoint import load_tensors
 from autoseg.executor import available_cores, executor_of
-from autoseg.experiment import run
-from autoseg.pipeline import plan_and_preprocess, workspace_of
+from autoseg.pipeline import run
+from autoseg.stages import plan_and_preprocess, workspace_of
 from autoseg.training.loop import RESUME_FORMAT
 from autoseg.workspace import RESUME, Workspace
 

@@ -22,7 +22,7 @@ from typing import Any
 from measure import bytes_text, machine, markdown_table, measure
 
 from autoseg.checkpoint import Checkpoint, load_tensors
-from autoseg.pipeline import load_plan, validate
+from autoseg.stages import load_plan, validate
 from autoseg.training.loop import RESUME_FORMAT
 from autoseg.training.settings import RECIPES
 from autoseg.workspace import CHECKPOINT, RESUME

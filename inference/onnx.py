@@ -25,7 +25,7 @@ from autoseg import __version__
 from autoseg.errors import CheckpointError, PlanError, StorageError
 from autoseg.extras import require_extra
 from autoseg.files import atomic_folder, write_json
-from autoseg.inference.package import finished_members, require_unused
+from autoseg.inference.package import NO_LICENCE, finished_members, require_unused
 from autoseg.networks import OutputGrid, UNet
 from autoseg.plan import Configuration, Plan
 from autoseg.typed_json import to_json
@@ -46,7 +46,7 @@ def export_onnx(
     output: Path,
     *,
     folds: Sequence[str] = (),
-    licence: str = "not stated",
+    licence: str = NO_LICENCE,
 ) -> Path:
     """Write the finished folds (default: all) of a configuration, with its previous stage, to a new folder.
 

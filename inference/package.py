@@ -36,6 +36,7 @@ from autoseg.workspace import CHECKPOINT, MODELS, SELECTION, SUMMARY, VALIDATION
 MANIFEST = "model.json"
 DATASET = "dataset.json"
 MODEL_FORMAT = "autoseg model 1"
+NO_LICENCE = "not stated"
 ZIP_ENDING = ".zip"
 UNDATED = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip: the same model gives the same bytes
 BLOCK_BYTES = 2**20
@@ -60,7 +61,7 @@ def export_model(
     output: Path,
     *,
     folds: Sequence[str] = (),
-    licence: str = "not stated",
+    licence: str = NO_LICENCE,
     selection: Path | None = None,
     replace: bool = False,
 ) -> Path:
@@ -131,6 +132,15 @@ def unpacked(path: Path) -> Iterator[Path]:
                 raise CheckpointError(str(error).replace(str(folder), str(path))) from error
     except OSError as error:
         raise CheckpointError(f"{path}: the model cannot be unpacked ({error.strerror or error}).") from error
+
+
+def licence_of(folder: Path) -> str | None:
+    """The terms of the exported model in a folder; None where there is none, or it cannot be read."""
+    with contextlib.suppress(CheckpointError):
+        manifest = _manifest_of(folder)
+        licence = manifest.get("licence") if isinstance(manifest, dict) else None
+        return licence if isinstance(licence, str) else None
+    return None
 
 
 def is_packed(path: Path) -> bool:

@@ -26,8 +26,8 @@ from autoseg.experiment_planning.fingerprint import extract_fingerprint
 from autoseg.files import storage_error, write_json
 from autoseg.image import Grid, Image, read_image, write_image
 from autoseg.locks import alone
-from autoseg.pipeline import is_of_split, require_folds, validate
 from autoseg.plan import Plan
+from autoseg.stages import is_of_split, require_folds, validate
 from autoseg.training.folds import load_folds
 from autoseg.workspace import SCORED, Workspace
 
@@ -351,7 +351,7 @@ def test_who_comes_second_into_a_workspace_is_told_by_whom_it_is_used(copy, plac
 
 
 def test_one_fold_is_trained_by_one_process_at_a_time(copy, place, monkeypatch):
-    monkeypatch.setattr("autoseg.pipeline.LOCK_TRIES", 1)
+    monkeypatch.setattr("autoseg.stages.LOCK_TRIES", 1)
     with alone(place.fold_lock(CONFIGURATION, "1"), what="held"):
         train(copy, fold="1").refused(f"{CONFIGURATION}, fold 1: another training works on it (process {os.getpid()})")
         assert not place.fold(CONFIGURATION, "1").exists()

@@ -490,7 +490,7 @@ def test_torch_without_memory_is_one_sentence(copy: Path, monkeypatch: pytest.Mo
     def hungry(*_: object, **__: object) -> None:
         raise RuntimeError(f"{words}\nand a long story")
 
-    monkeypatch.setattr("autoseg.pipeline.train", hungry)
+    monkeypatch.setattr("autoseg.stages.train", hungry)
     answer = train(copy, "--continue")
     answer.refused("Not enough memory", words, "--gpu-memory")
     assert "long story" not in answer.errors

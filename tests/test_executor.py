@@ -181,6 +181,22 @@ def test_an_item_that_cannot_be_sent_stops_with_its_error():
         list(map_cases(double, [lambda: None, 1], workers=2, names=["a", "b"]))
 
 
+def test_a_worker_that_is_killed_just_after_its_answer_serves_nobody_else(monkeypatch):
+    stop_workers()
+    worker, receive = executor._Worker(), executor._receive
+    worker.begin(executor._pickle_function(double))
+
+    def answered_then_killed(stream):
+        answer = receive(stream)
+        worker.kill()
+        return answer
+
+    monkeypatch.setattr(executor, "_receive", answered_then_killed)
+    assert worker.ask(pickle.dumps(2), "a") == 4
+    executor._Run(b"", [], [])._leave(worker)
+    assert executor._idle == []
+
+
 def test_what_a_function_prints_does_not_harm_the_answers():
     assert dict(map_cases(misbehave, ["prints"] * 3, workers=2, names=["a"] * 3)) == dict(enumerate(["prints"] * 3))
 

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from tiny_training import tiny_configuration, tiny_plan
 
 import autoseg.contest as contest_module
-import autoseg.experiment as experiment
+from autoseg import pipeline
 from autoseg.agenda import CHOOSE, PREPROCESS, agenda, commands
 from autoseg.checkpoint import FORMAT, checkpoint_id, save_tensors
 from autoseg.contest import Contest, Task
-from autoseg.experiment import Job, JobDone, run
 from autoseg.files import write_json
 from autoseg.forecast import Pace, Work, fold_seconds, tiles, ways
+from autoseg.inference.halving import FORK_SHARE
 from autoseg.inference.rungs import Contender, Rung, Standing
-from autoseg.pipeline import Planned
+from autoseg.pipeline import Job, JobDone, run
 from autoseg.plan import Forecast, Plan, TrainingSettings
+from autoseg.stages import Planned
 from autoseg.training.folds import Fold
 from autoseg.training.loop import RESUME_FORMAT
 from autoseg.workspace import CHECKPOINT, RESUME, SCORED, SUMMARY, Workspace
@@ -130,13 +131,13 @@ class Simulation:
 
     def run(self, monkeypatch: pytest.MonkeyPatch, total: float) -> float:
         planned = Planned(self.plan, self.place, tuple(c.name for c in self.plan.configurations))
-        monkeypatch.setattr(experiment, "workspace_of", lambda *_: self.place)
-        monkeypatch.setattr(experiment, "plan_and_preprocess", lambda *_, **__: self.wait(60.0) or planned)
-        monkeypatch.setattr(experiment, "find_folds", lambda *_, **__: self.folds)
-        monkeypatch.setattr(experiment, "run_job", self.run_job)
-        monkeypatch.setattr(experiment.RawDataset, "load", lambda *_: None)
-        monkeypatch.setattr(experiment, "_select", lambda *_, **__: self.wait(10.0))
-        monkeypatch.setattr(experiment, "_deliver", lambda *_, **__: self.wait(10.0))
+        monkeypatch.setattr(pipeline, "workspace_of", lambda *_: self.place)
+        monkeypatch.setattr(pipeline, "plan_and_preprocess", lambda *_, **__: self.wait(60.0) or planned)
+        monkeypatch.setattr(pipeline, "find_folds", lambda *_, **__: self.folds)
+        monkeypatch.setattr(pipeline, "run_job", self.run_job)
+        monkeypatch.setattr(pipeline.RawDataset, "load", lambda *_: None)
+        monkeypatch.setattr(pipeline, "_select", lambda *_, **__: self.wait(10.0))
+        monkeypatch.setattr(pipeline, "_deliver", lambda *_, **__: self.wait(10.0))
         monkeypatch.setattr(contest_module, "is_of_split", lambda *_, **__: True)
         monkeypatch.setattr(contest_module, "judge", self.judge)
         began = self.now
@@ -196,7 +197,7 @@ def test_a_time_that_is_too_short_is_told(tmp_path, monkeypatch, caplog):
     simulation = Simulation(tmp_path, plan_of(1), starting=5.0, predicting=100.0)
     simulation.run(monkeypatch, 200.0)
     assert "the run ends later than was asked" in caplog.text
-    assert min(simulation.trained.values()) == experiment.LEAST_FOLD_SECONDS
+    assert min(simulation.trained.values()) == pipeline.LEAST_FOLD_SECONDS
 
 
 def test_the_agenda_names_every_task_with_what_it_waits_for(tmp_path):
@@ -216,6 +217,21 @@ def test_the_agenda_names_every_task_with_what_it_waits_for(tmp_path):
     assert found.least_seconds < 0.75 * found.most_seconds
     lines = found.table().splitlines()
     assert len(lines) == len(items) + 2 and "2, 3" in lines[4] and " to " in lines[-1]
+
+
+def test_who_forks_a_few_steps_is_reckoned_with_a_whole_first_fold_and_not_dropped_before(tmp_path):
+    quick = plan_of(2)
+    slow = replace(quick, forecasts={name: replace(f, seconds_per_step=0.1) for name, f in quick.forecasts.items()})
+    chances, least = {}, {}
+    for name, plan in (("quick", quick), ("slow", slow)):
+        simulation = Simulation(tmp_path / name, plan, starting=5.0, predicting=10.0)
+        contest = Contest(plan, simulation.place, simulation.folds, timed=True)
+        works = contest.works(Pace(plan))
+        chances[name] = [work.chance for work in works if work.share == 1 - FORK_SHARE / 2]
+        assert {work.chance for work in works if work.share == 1.0 and not work.left} == {0.5}  # folds 1 to 4
+        least[name] = agenda(contest, Pace(plan), fold_seconds=60.0, preprocessing=0.0).least_seconds
+    assert chances == {"quick": [0.5, 0.5], "slow": [1.0, 1.0]}
+    assert least["slow"] > least["quick"] + 50
 
 
 def test_the_commands_are_those_of_every_fold(tmp_path):

@@ -32,7 +32,7 @@ FACE = {
     "status",
     "screen",
     "pipeline",
-    "experiment",
+    "stages",
     "contest",
     "agenda",
     "demo",

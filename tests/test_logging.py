@@ -18,13 +18,13 @@ import pytest
 from tiny_training import NAME, TWO_CLASSES, preprocessed, tiny_plan
 from typer.testing import CliRunner
 
-import autoseg.experiment as experiment
 import autoseg.extras as extras
+from autoseg import pipeline
 from autoseg.agenda import commands
 from autoseg.cli import app
 from autoseg.errors import PlanError, StorageError
 from autoseg.training.history import History, Row
-from autoseg.training.loggers import LOGGERS, LoggedTraining, Logs, asked_logs, open_loggers
+from autoseg.training.loggers import LOGGERS, LoggedTraining, Logs, asked_logs, open_loggers, require_reachable
 from autoseg.training.loop import TrainedFold, train_fold
 from autoseg.workspace import HISTORY, Workspace
 
@@ -258,10 +258,10 @@ def test_a_run_hands_its_logs_on_to_every_fold(tmp_path: Path, monkeypatch: pyte
         handed.append(logs)
         return TrainedFold(tmp_path, 0, 0.0, finished=False)
 
-    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(pipeline, "train", train)
     tiny_plan().save(Workspace(tmp_path).plan)
     logs = Logs(("mlflow",), "http://localhost:5000")
-    experiment.run_job(experiment.Job(tmp_path, tmp_path, NAME, "0", steps=1, logs=logs))
+    pipeline.run_job(pipeline.Job(tmp_path, tmp_path, NAME, "0", steps=1, logs=logs))
     assert handed == [logs]
     nothing: Any = SimpleNamespace(steps=None, contenders=(), configurations=(), asked=(), names=())
     printed = commands(nothing, tmp_path, None, device="auto", seed=0, logs=logs)
@@ -270,7 +270,7 @@ def test_a_run_hands_its_logs_on_to_every_fold(tmp_path: Path, monkeypatch: pyte
 
 def test_without_the_option_neither_package_is_imported() -> None:
     script = (
-        "import sys, autoseg.cli, autoseg.experiment, autoseg.training.loop, autoseg.training.loggers as loggers\n"
+        "import sys, autoseg.cli, autoseg.pipeline, autoseg.training.loop, autoseg.training.loggers as loggers\n"
         "assert loggers.asked_logs([]) == loggers.NO_LOGS and loggers.open_loggers((), None, []) == []\n"
         "print(*sys.modules)"
     )
@@ -300,3 +300,12 @@ def test_nothing_leaves_the_machine(tmp_path: Path, name: str) -> None:
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert not run.stdout
+
+
+def test_several_machines_write_no_file_of_mlflow():
+    require_reachable(Logs(("mlflow",)), 1)
+    require_reachable(Logs(("tensorboard",)), 3)
+    require_reachable(Logs(("mlflow",), "http://10.0.0.1:5000"), 3)
+    for uri in (None, "sqlite:////disk/mlflow.db"):
+        with pytest.raises(PlanError, match=r"3 machines cannot write one file, .*mlflow\.db; start `mlflow server`"):
+            require_reachable(Logs(("mlflow",), uri), 3)

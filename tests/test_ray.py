@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 ray = pytest.importorskip("ray", reason='needs ray: pip install "autoseg[ray]"')
 
 from ray_tasks import double, refuse, wait_for_go  # noqa: E402
-from test_experiment import two_candidates, two_folds  # noqa: E402
+from test_pipeline import two_candidates, two_folds  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import autoseg.experiment_planning.planner as planner  # noqa: E402
@@ -27,9 +28,9 @@ from autoseg.cli import app  # noqa: E402
 from autoseg.cluster import RayExecutor  # noqa: E402
 from autoseg.errors import DatasetError, PlanError  # noqa: E402
 from autoseg.executor import Files, Needs, executor_of  # noqa: E402
-from autoseg.experiment import run  # noqa: E402
 from autoseg.inference.predictor import load_model  # noqa: E402
 from autoseg.inference.run import ModelSource, predict_files  # noqa: E402
+from autoseg.pipeline import run  # noqa: E402
 from autoseg.training.loop import RESUME_FORMAT  # noqa: E402
 from autoseg.workspace import HISTORY, RESUME, Workspace  # noqa: E402
 
@@ -262,3 +263,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PlanError, match=r'needs ray, which is not installed; run `pip install "autoseg\[ray\]"`'):
         RayExecutor.connect("127.0.0.1:1")
+
+
+def test_tasks_that_no_node_can_hold_any_more_wait_and_say_so(
+    executor: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(RayExecutor, "_wanted", lambda *_: {"CPU": 64, "GPU": 0, "memory": 0})
+    asked = itertools.count()
+    results = executor.map(
+        double, [1, 2], names=["a", "b"], needs=Needs(64), files=files(tmp_path), stop=lambda: next(asked) > 2
+    )
+    assert not list(results)
+    assert caplog.text.count("no node with 64 cores is left; 2 tasks wait until one joins the cluster") == 1

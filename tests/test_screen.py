@@ -28,7 +28,7 @@ def drawn(table: RunTable) -> str:
 def test_the_table_shows_what_runs_what_is_done_what_is_left_and_what_was_dropped():
     table = RunTable(lambda text: None)
     table.part("3d_fullres, fold 1")
-    table.rows(ROWS, ROWS[1].task)
+    table.rows(ROWS, [ROWS[1].task])
     table.step(Progress(30, 100, 0.3, 12.0, 28.0, 0.4321, 0.65))
     lines = drawn(table).splitlines()
     assert "fold 0" in lines[1] and "fold 1" in lines[1]
@@ -38,6 +38,14 @@ def test_the_table_shows_what_runs_what_is_done_what_is_left_and_what_was_droppe
     assert "1 done, 2 dropped, 1 left" in lines[7]
     table.step(Progress(100, 100, 1.0, 40.0, 0.0, 0.4, 0.7))
     assert "predicting" in drawn(table)
+
+
+def test_folds_that_are_trained_elsewhere_at_the_same_time_are_all_marked():
+    table = RunTable(lambda text: None)
+    rows = [Row(Task("3d_fullres", str(fold)), "waiting") for fold in range(3)]
+    table.rows(rows, [rows[0].task, rows[2].task])
+    (line,) = (line for line in drawn(table).splitlines() if "3d_fullres" in line)
+    assert line.count("at work") == 2 and line.count("waiting") == 1
 
 
 def test_the_table_takes_any_text_as_it_is():
@@ -51,7 +59,7 @@ def test_lines_tell_every_score_once():
     lines = RunLines(said.append)
     lines.part("3d_fullres, fold 0")
     for _ in range(2):
-        lines.rows(ROWS, None)
+        lines.rows(ROWS, ())
     assert said == ["3d_fullres, fold 0 ...", "3d_fullres, fold 0: mean Dice 0.8812 of the held-out cases"]
 
 
@@ -68,5 +76,5 @@ def test_on_a_terminal_there_is_a_live_table(capsys, monkeypatch):
     with Screen().experiment() as shown:
         assert isinstance(shown, RunTable)
         shown.part("planning")
-        shown.rows(ROWS, None)
+        shown.rows(ROWS, ())
     assert "3d_fullres" in capsys.readouterr().err

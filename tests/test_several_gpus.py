@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_experiment import two_candidates, two_folds, weights
+from test_pipeline import two_candidates, two_folds, weights
 
 import autoseg.experiment_planning.planner as planner
 from autoseg.executor import LocalExecutor, Needs
-from autoseg.experiment import run
+from autoseg.pipeline import run
 from autoseg.workspace import Workspace
 
 

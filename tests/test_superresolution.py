@@ -36,9 +36,9 @@ from autoseg.experiment_planning.superresolution import (
 )
 from autoseg.image import Grid, Image, write_image
 from autoseg.labels import Labels
-from autoseg.pipeline import _answers, asked_super_resolution
 from autoseg.plan import Acquisition, Budget, Plan
 from autoseg.plan_values import check_plan
+from autoseg.stages import _answers, asked_super_resolution
 
 TWO = Labels.from_json({"background": 0, "a": 1, "b": 2})
 GB = 10**9

@@ -35,9 +35,12 @@ SCALE_STREAM = 2**32 - 1  # in the place of the index in a batch: the random num
 MOST_WORKERS = 12  # nnU-Net's default; a GPU rarely empties what so many prepare
 
 
-def default_workers(trainings: int = 1) -> int:
-    """Processes that prepare patches for one of so many on this machine; 0 (a thread) where cores are few."""
-    cores = available_cores() // trainings
+def default_workers(trainings: int = 1, cores: int | None = None) -> int:
+    """Processes that prepare patches for one of so many that share these cores; 0 (a thread) where they are few.
+
+    `cores`: by default those of this machine.
+    """
+    cores = (cores or available_cores()) // trainings
     return 0 if cores <= FEW_CORES else min(MOST_WORKERS, cores - 2)
 
 

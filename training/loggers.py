@@ -70,6 +70,16 @@ def asked_logs(names: Sequence[str], mlflow_uri: str | None = None) -> Logs:
     return Logs(tuple(dict.fromkeys(names)), mlflow_uri)
 
 
+def require_reachable(logs: Logs, machines: int) -> None:
+    """Raises PlanError where several machines would write MLflow's store into a file, which only one can."""
+    server = re.match("https?://", logs.mlflow_uri or "")
+    if machines > 1 and "mlflow" in logs.names and not server:
+        raise PlanError(
+            f"--log mlflow: {machines} machines cannot write one file, {logs.mlflow_uri or MLFLOW_STORE}; start "
+            "`mlflow server` on one of them and give its address, such as --mlflow-uri http://10.0.0.1:5000."
+        )
+
+
 def open_loggers(names: Sequence[str], training: LoggedTraining, rows: Sequence[Row]) -> list[Logger]:
     """A function of a row for each name of LOGGERS; `rows` are those that a training that goes on has already.
 

@@ -109,6 +109,7 @@ class Standing:
     """`Fold.id` of the cases that it trains on."""
     steps: int = 0
     """Optimiser steps that it has taken."""
+    seed: int = 0
 
 
 def read_standing(folder: Path) -> Standing | None:
@@ -119,7 +120,8 @@ def read_standing(folder: Path) -> Standing | None:
     header = read_header(path, RESUME_FORMAT)
     limits = Limits(header["limits"]["steps"], header["limits"]["seconds"])
     finished, steps = bool(header.get("finished")), int(header.get("steps", 0))
-    return Standing(header["plan"], limits, float(header["elapsed"]), finished, header["cases"], steps)
+    seed = int(header.get("seed", 0))
+    return Standing(header["plan"], limits, float(header["elapsed"]), finished, header["cases"], steps, seed)
 
 
 def train_fold(

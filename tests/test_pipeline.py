@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,6 @@ from autoseg.cli import app
 from autoseg.contest import Contest, Task
 from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError, StorageError
-from autoseg.experiment import find_folds, run
 from autoseg.experiment_planning.fingerprint import extract_fingerprint
 from autoseg.files import write_json
 from autoseg.forecast import Pace
@@ -35,9 +35,10 @@ from autoseg.inference.halving import LEAST_CASES
 from autoseg.inference.predictor import load_model
 from autoseg.inference.rungs import Length, Rung
 from autoseg.inference.selection import Selection
-from autoseg.pipeline import plan_and_preprocess
+from autoseg.pipeline import find_folds, run
 from autoseg.plan import Plan, TrainingSettings
 from autoseg.preprocessing.store import Store
+from autoseg.stages import plan_and_preprocess
 from autoseg.training.folds import Fold
 from autoseg.training.loop import RESUME_FORMAT, Limits, Standing, read_standing
 from autoseg.workspace import Workspace
@@ -185,8 +186,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import autoseg.experiment_planning.planner as planner
-from autoseg.experiment import run
-from test_experiment import two_candidates
+from autoseg.pipeline import run
+from test_pipeline import two_candidates
 root = Path(sys.argv[1])
 plan = two_candidates(root, 8)
 planner.plan_experiment = lambda *_, **__: plan
@@ -228,9 +229,9 @@ def test_hard_kills_lose_nothing_and_change_nothing(contested, tmp_path):
 
 def spoil(monkeypatch: pytest.MonkeyPatch, configuration: str) -> None:
     """Let a configuration predict its held-out cases at random, whatever it has learned."""
-    import autoseg.experiment as experiment
+    from autoseg import pipeline
 
-    original = experiment.validate
+    original = pipeline.validate
 
     def validate(dataset_root: Path, plan: Plan, name: str, fold: str, *, workspace: Workspace, **options: object):
         scores = original(dataset_root, plan, name, fold, workspace=workspace, **options)
@@ -245,7 +246,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, configuration: str) -> None:
             kept.write(case, arrays, entry.geometry, {}, source=entry.source)
         return scores
 
-    monkeypatch.setattr(experiment, "validate", validate)
+    monkeypatch.setattr(pipeline, "validate", validate)
 
 
 def test_a_candidate_that_is_beaten_is_trained_no_further(contested, tmp_path, monkeypatch):
@@ -431,19 +432,19 @@ def test_the_time_is_divided_over_the_folds_that_are_left(dataset, tmp_path):
         now[0] += 0.01
         return now[0]
 
-    import autoseg.experiment as experiment
+    from autoseg import pipeline
 
-    original = experiment.train
+    original = pipeline.train
 
     def watched(*args, **options):
         seconds.append(options["seconds"])
         return original(*args, **{**options, "seconds": None, "steps": 2})
 
-    experiment.train = watched
+    pipeline.train = watched
     try:
         run(dataset, workspace=tmp_path / "ws", device="cpu", seconds=400.0, clock=clock)
     finally:
-        experiment.train = original
+        pipeline.train = original
     assert len(seconds) == 4 and 80 < seconds[0] < 100
 
 
@@ -459,3 +460,41 @@ def test_a_dry_run_plans_and_shows_the_tasks_and_does_nothing_else(contested, tm
     printed = CliRunner().invoke(app, [*words, "--print-commands", "--steps", "8"]).stdout.splitlines()
     assert [line.split()[1] for line in printed] == ["plan-and-preprocess", *["train-fold"] * 4, "run"]
     assert not place.models.exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would(contested, tmp_path):
+    words = ["run", str(contested), "--workspace", str(tmp_path / "ws"), "--workers", "1", "--device", "cpu"]
+    assert CliRunner().invoke(app, [*words, "--dry-run"]).exit_code == 0
+    unknown = tmp_path / "folds.json"
+    unknown.write_text(json.dumps([{"train": ["case_00"], "val": ["nobody"]}]))
+    for options, sentence in (
+        (["--folds", str(unknown)], "nobody"),
+        (["--group-by", str(tmp_path / "none.json")], "none.json"),
+        (["--executor", "cluster"], "--executor"),
+    ):
+        for shown in ("--dry-run", "--print-commands"):
+            refused = CliRunner().invoke(app, [*words, shown, *options])
+            assert refused.exit_code == 2 and sentence in refused.stderr, refused.output
+
+
+def test_printed_commands_go_on_with_a_fork_that_was_begun(contested, tmp_path):
+    steps = itertools.count()
+    run(contested, workspace=tmp_path / "ws", device="cpu", steps=8, stop=lambda: next(steps) > 2)
+    words = ["run", str(contested), "--workspace", str(tmp_path / "ws"), "--workers", "1", "--device", "cpu"]
+    printed = CliRunner().invoke(app, [*words, "--print-commands", "--steps", "8"]).stdout.splitlines()
+    (begun,) = (line for line in printed if "--continue" in line)
+    assert "3d_fullres 0 --continue --steps 8" in begun
+    trained = CliRunner().invoke(app, shlex.split(begun)[1:])
+    assert trained.exit_code == 0, trained.output
+    standing = read_standing(Workspace.of(contested, tmp_path / "ws").fold("3d_fullres", "0"))
+    assert standing is not None and standing.finished and standing.limits == Limits(8, None)
+
+
+def test_the_licence_stays_until_another_is_given_and_other_seeds_are_told(dataset, tmp_path, caplog):
+    for licence, expected in (("CC-BY 4.0", "CC-BY 4.0"), (None, "CC-BY 4.0"), ("CC0", "CC0")):
+        outcome = run(dataset, workspace=tmp_path / "ws", device="cpu", licence=licence)
+        manifest = json.loads((outcome.workspace.model / "model.json").read_text())
+        assert manifest["licence"] == expected
+    assert "--seed" not in caplog.text
+    run(dataset, workspace=tmp_path / "ws", device="cpu", seed=5)
+    assert "--seed 5 holds for the folds that are left" in caplog.text and "3d_fullres, fold 0 (seed 0)" in caplog.text

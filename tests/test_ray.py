@@ -271,7 +271,12 @@ def test_tasks_that_no_node_can_hold_any_more_wait_and_say_so(
     monkeypatch.setattr(RayExecutor, "_wanted", lambda *_: {"CPU": 64, "GPU": 0, "memory": 0})
     asked = itertools.count()
     results = executor.map(
-        double, [1, 2], names=["a", "b"], needs=Needs(64), files=files(tmp_path), stop=lambda: next(asked) > 2
+        double,
+        [tmp_path / "a", tmp_path / "b"],
+        names=["a", "b"],
+        needs=Needs(64),
+        files=files(tmp_path),
+        stop=lambda: next(asked) > 2,
     )
     assert not list(results)
     assert caplog.text.count("no node with 64 cores is left; 2 tasks wait until one joins the cluster") == 1

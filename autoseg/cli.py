@@ -739,7 +739,10 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where to write everything.", metavar="[FOLDER]")] = Path(
         "autoseg_demo"
     ),
-    time: Annotated[str, typer.Option("--time", metavar="TIME", help="Train this long.")] = "60s",
+    time: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--time", metavar="TIME", help="Train this long. [default: 250 steps, about a minute]"),
+    ] = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
@@ -755,7 +758,7 @@ def demo(
     from autoseg.units import parse_seconds
 
     screen = SCREEN.get()
-    seconds = parse_seconds(time, option="--time")
+    seconds = parse_seconds(time, option="--time") if time is not None else None
     with screen.training("training") as bar:
         outcome = run_demo(
             folder,

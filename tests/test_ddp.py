@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from autoseg.plan import Plan
 from autoseg.training import loop
 from autoseg.training.distributed import ALONE, World, joined
 from autoseg.training.loop import RESUME_FORMAT
-from autoseg.workspace import CHECKPOINT, CURVE, HISTORY, RESUME, Workspace
+from autoseg.workspace import CHECKPOINT, CURVE, HISTORY, RESUME, SUMMARY, Workspace
 
 BATCH = 2  # of each process
 SHAPE = (6, 12, 12)
@@ -187,6 +188,22 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(tiny_dataset: Calla
         _, said = run.communicate(timeout=30)
     assert run.returncode != 0
     assert "error: Another process of this training died" in said and "should not happen" not in said, said
+
+
+def test_what_several_processes_train_one_of_them_predicts_and_scores(
+    tiny_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset, plan = tiny_dataset(cases=5), plan_of_batch(BATCH)
+    place = Workspace.of(dataset, tmp_path / "workspace")
+    preprocessed(dataset, plan, place.root)
+    plan.save(place.plan)
+    words = ("-m", "autoseg", "train-fold", dataset, NAME, 0, "--workspace", tmp_path / "workspace", "--steps", 3)
+    run = subprocess.run(torchrun(*words, "--device", "cpu"), env=environment(), capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(" steps in ") == 1, run.stdout
+    fold = place.fold(NAME, "0")
+    (case,) = json.loads((fold / "validation" / SUMMARY).read_text())["cases"]
+    assert (fold / "validation" / f"{case}.nii.gz").is_file()
 
 
 def _process_of_rank(parent: int, rank: int) -> int:

@@ -138,12 +138,15 @@ def test_the_body_has_no_landmark_that_tells_left_from_right(dataset):
 
 
 @pytest.mark.slow
-def test_the_command_tells_the_whole_story(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [["--time", "2s"], []], ids=["timed", "by steps"])
+def test_the_command_tells_the_whole_story(tmp_path, monkeypatch, options):
     smaller = functools.partial(write_synthetic_dataset, cases=6, test_cases=1, shape=SHAPE)
     monkeypatch.setattr(demo, "write_synthetic_dataset", smaller)
     monkeypatch.setattr(Sizer, "measure", memory_by_formula)
-    told = CliRunner().invoke(app, ["demo", str(tmp_path / "demo"), "--time", "2s", "--device", "cpu"])
+    monkeypatch.setattr(demo, "STEPS", 2)
+    told = CliRunner().invoke(app, ["demo", str(tmp_path / "demo"), *options, "--device", "cpu"])
     assert told.exit_code == 0, told.output
+    assert options or "Trained 2 steps" in told.stdout
     assert "mean Dice" in told.stdout and all(name in told.stdout for name in tuple(LABELS)[1:])
     root = tmp_path / "demo"
     (case,) = RawDataset.load(root / demo.NAME).test_cases

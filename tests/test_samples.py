@@ -16,6 +16,7 @@ from tiny_training import TWO_CLASSES, sr_configuration, stack_configuration, st
 
 from autoseg.acquisition import degrade, offset, slices
 from autoseg.errors import PlanError
+from autoseg.inference.sliding_window import tile_axis
 from autoseg.labels import Labels
 from autoseg.networks import build_network
 from autoseg.plan import Acquisition, Architecture, Configuration, Normalization, Shape, TrainingSettings
@@ -280,25 +281,50 @@ def test_the_degraded_input_is_what_the_forward_model_makes_of_the_truth(tmp_pat
         torch.testing.assert_close(sample.image, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("voxels", "scale"), [(11, 3.0), (10, 2.0), (14, 4.0), (13, 2.5)])
+@pytest.mark.parametrize(
+    ("voxels", "scale", "spare"),
+    [(11, 3.0, 4), (10, 2.0, 4), (14, 4.0, 4), (13, 2.5, 4), (36, 4.0, 1), (36, 4.0, 3), (9, 3.0, 1), (12, 4.0, 0)],
+)
 def test_a_patch_around_a_whole_case_shows_what_held_out_validation_shows(
-    tmp_path: Path, voxels: int, scale: float
+    tmp_path: Path, voxels: int, scale: float, spare: int
 ) -> None:
     volume = random_volume((voxels, 12, 12))
-    inputs = slices(voxels, scale)
-    # two slices more at each end: slices of the patch and of the case lie in the same places
-    configuration = sr_configuration(scale=(scale, 1.0, 1.0), patch_size=(inputs + 4, 12, 12))
-    fine = fine_patch(configuration.patch_size, configuration.sr_scale).grid.shape[0]
-    assert (fine - voxels) % 2 == 0  # or they would be half a voxel apart
+    inputs, first = slices(voxels, scale), spare // 2
+    # as many slices more at each end, or one more behind: slices of the patch and of the case lie in the same places
+    configuration = sr_configuration(scale=(scale, 1.0, 1.0), patch_size=(inputs + spare, 12, 12))
     samples = samples_of(tmp_path, configuration, blobs((voxels, 12, 12)), image=volume[None])
     sample = samples[0, 0]
     whole = degrade_entry(samples.sampler.entries["a"], configuration)
     assert whole.image.shape == (1, inputs, 12, 12)
-    np.testing.assert_allclose(sample.image[:, 2:-2].numpy(), whole.image, atol=1e-5)
-    assert not sample.image[:, :2].any() and not sample.image[:, -2:].any()  # outside, as a padded tile has it
-    assert sample.truth is not None
-    before = (fine - voxels) // 2
+    shown = sample.image[:, first : first + inputs]
+    np.testing.assert_allclose(shown.numpy(), whole.image, atol=1e-5)
+    outside = (sample.image[:, :first], sample.image[:, first + inputs :])  # as a padded tile has it
+    assert not any(part.any() for part in outside)
+    tiles = tile_axis(inputs, patch=inputs + spare, divisor=inputs + spare)
+    assert tiles.padding == (first, spare - first)
+    assert sample.truth is not None and sample.grid is not None
+    # from the first fine voxel of the patch to the first slice, and from there back to the first voxel of the case
+    before = round(first * scale - sample.grid.start[0] + whole.grid.start[0])
     assert not sample.truth[:, :before].any() and sample.truth[:, before : before + voxels].all()
+
+
+def test_an_image_that_is_smaller_than_its_patch_lies_anywhere_in_it_by_whole_slices(tmp_path: Path) -> None:
+    configuration = sr_configuration(scale=(4.0, 1.0, 1.0), patch_size=(5, 12, 12))
+    still = replace(configuration, training=replace(configuration.training, mirror_axes=()))
+    samples = samples_of(tmp_path, still, blobs((12, 12, 12)), image=random_volume((12, 12, 12))[None], augment=True)
+    samples.augmentation.intensity = lambda **sample: sample  # type: ignore[assignment]
+
+    def not_turned(*arrays: torch.Tensor, size: Shape) -> list[torch.Tensor]:
+        for axis, n in enumerate(size, start=1):
+            arrays = tuple(array.narrow(axis, array.shape[axis] // 2 - n // 2, n) for array in arrays)
+        return list(arrays)
+
+    samples.augmentation.turn = not_turned  # type: ignore[assignment]
+    found = set()
+    for step in range(30):
+        seen = samples[step, 0].image[0].flatten(1).any(1)
+        found.add("".join("x" if one else "." for one in seen))
+    assert found == {"xxx..", ".xxx.", "..xxx"}
 
 
 def test_an_augmented_pair_still_fits_together(tmp_path: Path) -> None:

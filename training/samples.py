@@ -6,8 +6,8 @@ Without super-resolution input and label are patches of one grid. With it there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autoseg.acquisition import degrade, draw_thickness
+from autoseg.acquisition import degrade, draw_thickness, offset, slices
 from autoseg.networks.upsampling import OutputGrid
 from autoseg.plan import Acquisition, Configuration, Shape, Vector
 from autoseg.preprocessing.degradation import centre, clip_late, input_moments, masked_channels
@@ -123,6 +123,9 @@ class Degraded:
         """See `Source`."""
         fine = fine_patch(self.patch, scale, halo=self.halo)
         place = draw(fine.grid.shape)
+        seed()
+        stacked = (0,) if self.halo else ()
+        place = on_whole_slices(place, self.patch, fine.grid, but=stacked, random=self.augment)
         size = source_size(self.configuration, fine.source) if self.augment else fine.source
         z, y, x = place.start
         start = _around((z - fine.first, y, x), fine.source, size)
@@ -134,7 +137,6 @@ class Degraded:
             inside = inside.amax(1, keepdim=True).expand_as(inside).contiguous()
         label = _labels(_read_label(place.entry, start, size))
         moments = input_moments(place.entry.entry, self.configuration, scale, frame=place.entry.frame)
-        seed()
         seen = torch.cat((image, inside))
         if self.augment:
             seen, label = self.augmentation.turn(seen, label, size=fine.source)
@@ -208,12 +210,14 @@ class SelfSupervisedVolumes:
         return Sample(image, label, None, grid, plane=plane)
 
     def _in_plane(self, draw: Draw, seed: Seed, scale: Vector) -> Sample:
-        fine = fine_patch(plane_patch(self.patch, scale), scale)
+        patch = plane_patch(self.patch, scale)
+        fine = fine_patch(patch, scale)
         place = draw(fine.source)
+        seed()
+        place = on_whole_slices(place, patch, fine.grid, random=True)
         image = _floats(read_patch(place.entry, "image", place.start, fine.source, replicate=(0,)))
         inside = torch.from_numpy(inside_mask(place.entry.shape, place.start, fine.source))
         moments = input_moments(place.entry.entry, self.configuration, scale, frame=place.entry.frame)
-        seed()
         seen, _ = self.augmentation.flip(torch.cat((image, inside)), inside.short())
         image, inside = seen[:-1], seen[-1:]
         channels = zip(image, self.masked, *moments, strict=True)
@@ -231,6 +235,21 @@ def _nearest(label: Tensor, grid: OutputGrid) -> Tensor:
         where = ((torch.arange(voxels) + start + 0.5) / scale).floor().long().clamp(0, label.shape[axis + 1] - 1)
         label = label.index_select(axis + 1, where)
     return label
+
+
+def on_whole_slices(place: Place, patch: Shape, grid: OutputGrid, *, but: Collection[int] = (), random: bool) -> Place:
+    """A place in an image that is smaller than its patch of thick voxels, where the slices of both are the same ones.
+
+    So prediction has them: whole slices of zeros are added, and of the image's own none is cut. `random` draws from
+    torch's global generator how many of them lie before the image; else half of them do. Not along the axes in `but`.
+    """
+    start = list(place.start)
+    for axis, (n, size, s, first) in enumerate(zip(place.entry.shape, patch, grid.scale, grid.start, strict=True)):
+        if axis not in but and 1 < s <= n <= size * s:
+            spare = size - slices(n, s)
+            before = int(torch.randint(spare + 1, ())) if random else spare // 2
+            start[axis] = round(offset(n, s) - before * s + first)
+    return replace(place, start=(start[0], start[1], start[2]))
 
 
 def thick_slices(fine: Tensor, inside: Tensor, scale: Vector, acquisition: Acquisition, *, random: bool) -> Tensor:

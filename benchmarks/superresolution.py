@@ -5,11 +5,12 @@ python benchmarks/superresolution.py ../shared/data/Dataset004_Hippocampus --axi
 python benchmarks/superresolution.py --table rows.json
 python benchmarks/superresolution.py ../shared/data/Dataset004_Hippocampus --floors --axis 0 --scales 2 3 4
 
-Every arm is commands as users type them, on a dataset that is written to a temporary folder: plan-and-preprocess,
-train-fold, predict. All are scored on the held-out cases of the same fold, on labels drawn on the thin grid, on the
-part of each case that the thick slices cover. Arms:
+Every arm but A2 is commands as users type them, on a dataset that is written to a temporary folder:
+plan-and-preprocess, train-fold, predict. All are scored on the held-out cases of the same fold, on labels drawn on the
+thin grid, on the part of each case that the thick slices cover. Arms:
 
     A0     segment the thick slices with the largest share's label; labels brought up by nearest
+    A2     the same with soft labels (the share of each class), probabilities brought up by cubic splines
     B      interpolate the image to the thin grid (cubic), then segment: what is done without super-resolution
     C      super-resolve (half of the time), then segment on the thin grid (the other half)
     D      joint: thick slices in, labels and image on the thin grid out (3d_sr)
@@ -18,8 +19,6 @@ part of each case that the thick slices cover. Arms:
     E      the thin slices themselves: the upper bound
     image  super-resolution without labels
     self   only thick slices and their labels are there: learned in the plane (2d_sr)
-
-A2 (soft labels on the thick grid) has no arm: the loss takes whole labels; its cap without a network is in --floors.
 
 The budget is time on a quiet machine, and every arm gets the steps that it takes in it: `--pace` plans each arm and
 times its steps (several calls: the median), with nothing else on the machine; the trainings that follow with the same
@@ -47,7 +46,8 @@ import numpy as np
 import torch
 from measure import machine, markdown_table, measure
 from paced import AUTOSEG, Training
-from sr_data import DATASETS, Array, Degradation, HighCase, floors, read_cases, write_dataset
+from soft_labels import SoftTraining
+from sr_data import DATASETS, Array, Degradation, HighCase, cubic, floors, read_cases, write_dataset
 
 from autoseg.dataset import RawDataset
 from autoseg.device import autocast_dtype
@@ -134,23 +134,26 @@ def train(run: Run, dataset: Path, configuration: str, *options: str, minutes: f
         training.time_steps()
         raise OnlyPaced
     steps, used = training.train(60 * (minutes or run.minutes), run.seed, steps=run.steps)
+    return _trained(training, steps, training.pace, memory=used.peak_bytes)
+
+
+def _trained(training: Training, steps: int, pace: float, **facts: Any) -> Trained:
     plan = Plan.load(training.root / "plan.json")
     folds = json.loads((training.root / "folds.json").read_text())
-    c = plan.configuration(configuration)
+    c = plan.configuration(training.configuration)
     memory = training_memory(c, plan.labels)
-    facts = {
-        "configuration": configuration,
+    facts |= {
+        "configuration": c.name,
         "steps": steps,
-        "s/step": training.pace,
+        "s/step": pace,
         "patch": list(c.patch_size),
         "batch": c.batch_size,
         "width": c.architecture.features[0],
         "parameters": memory.parameters,
         "activations": memory.moving_bytes,
         "GFLOP": memory.step_flops / 1e9,
-        "memory": used.peak_bytes,
     }
-    return Trained(plan, configuration, training.folder, tuple(folds[int(FOLD)]["val"]), facts)
+    return Trained(plan, c.name, training.folder, tuple(folds[int(FOLD)]["val"]), facts)
 
 
 def predict(run: Run, trained: Trained, names: Sequence[str], degradation: Degradation, *options: str) -> Path:
@@ -179,6 +182,32 @@ def arm_a0(run: Run) -> list[Scored]:
 def _nearest(run: Run, trained: Trained, case: HighCase, axis: int) -> Array:
     low = trained.validation(case.name).array[0]
     return run.degradation.up_nearest(low, case.label.shape[axis])
+
+
+def arm_a2(run: Run) -> list[Scored]:
+    """Thick slices and the share of each class in their voxels; probabilities brought up by cubic splines."""
+    low = planned(run, run.write("low"), "3d_fullres")
+    soft = SoftTraining(low, planned(run, run.write("high"), "3d_sr", *_input(run)), run.seed)
+    if run.only_pace:
+        soft.time_steps()
+        raise OnlyPaced
+    steps, pace = soft.train(60 * run.minutes, run.steps)
+    trained = _trained(low, steps, pace)
+    output = predict(run, trained, trained.held_out, run.degradation, "--probabilities")
+
+    def labels(case: HighCase) -> Array:
+        files = sorted((output / f"{case.name}_probabilities").glob("*.nii.gz"), key=_channel)
+        shares = [cubic(read_image(path).array[0], case.label.shape) for path in files]
+        values = np.array([0, *(value for value in run.source.labels.known_values if value)])
+        found: Array = values[np.argmax(shares, axis=0)]
+        return found
+
+    return [_score(run, run.degradation, trained, labels)]
+
+
+def _channel(path: Path) -> int:
+    """`2_posterior.nii.gz`: 2."""
+    return int(path.name.partition("_")[0])
 
 
 def arm_b(run: Run) -> list[Scored]:
@@ -265,6 +294,7 @@ def self_supervised(name: str) -> Callable[[Run], list[Scored]]:
 
 ARMS: dict[str, Callable[[Run], list[Scored]]] = {
     "A0": arm_a0,
+    "A2": arm_a2,
     "B": arm_b,
     "C": arm_c,
     "D": arm_d,

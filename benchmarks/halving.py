@@ -1,10 +1,11 @@
-"""Successive halving against training every candidate to its end: the same choice, and in which part of the time?
+"""Successive halving against training every candidate to its end: as good a choice in a part of the time?
 
 python benchmarks/halving.py ../shared/data/Dataset004_Hippocampus --configurations 2d,2.5d_stack,3d_fullres \
-    --minutes-per-fold 3
+    --minutes-per-fold 3 --share 0.6
 
-Both arms begin with one plan and one store. One is `autoseg run`; the other does every line of
-`autoseg run --print-commands`. Each trains a fold for the same time, so nothing else may run on the machine. The
+Both arms begin with one plan and one store. `everything` does every line of `autoseg run --print-commands`, each fold
+for the same time. `halving` is `autoseg run --time`, with --share of the time that the other took: what it saves of
+candidates that it drops, the folds of those that are left train longer. Nothing else may run on the machine. The
 choices are compared case by case, on what their folds held out. With --folder an interrupted benchmark goes on where it
 was.
 """
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--configurations", default="2d,2.5d_stack,3d_fullres")
     parser.add_argument("--minutes-per-fold", type=float, default=3.0)
+    parser.add_argument("--share", type=float, default=0.6, help="of the time of everything that halving is given")
     parser.add_argument("--folder", type=Path, help="keep everything here [default: a temporary folder]")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -86,10 +88,10 @@ def main() -> None:
         arms = [Arm(name, options.dataset.resolve(), folder / name) for name in ARMS]
         plan_once(arms, options.configurations, 60 * options.minutes_per_fold)
         halving, everything = arms
-        where = ["--workspace", str(halving.workspace)]
-        halving.do(["run", str(halving.dataset), *where])
         for words in commands(everything):
             everything.do(words)
+        given = ["--time", f"{options.share * everything.seconds:.0f}s"]
+        halving.do(["run", str(halving.dataset), *given, "--workspace", str(halving.workspace)])
         print(machine())
         print(f"{options.minutes_per_fold:g} minutes a fold\n")
         print(table(halving, everything))

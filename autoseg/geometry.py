@@ -10,6 +10,7 @@ acvl_utils has functions for boxes, but importing them takes torch along, which 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ Direction = tuple[Triple, Triple, Triple]
 
 OVERLAP_POINTS = 24  # along each axis at which it is asked whether one grid covers another
 SAME_FACE = 1e-3  # voxels: headers hold rounded numbers
+ROUNDING = 1e-6  # by which a product of a size and a factor may miss a number
 POSITIVE_ENDS = "SPL"  # where world axes z, y, x (LPS) point to
 NEGATIVE_ENDS = "IAR"
 
@@ -123,9 +125,10 @@ def resample_grid(grid: Grid, shape: Shape) -> Grid:
 def refine_grid(grid: Grid, factor: Sequence[float]) -> Grid:
     """The grid with its spacing divided by `factor` (z, y, x), exactly; the first voxel's outer face stays.
 
-    As many voxels as come nearest to the extent: the last face moves by half a new voxel at most.
+    As many voxels as come nearest to the extent, of two numbers the larger: the last face moves by half a new voxel at
+    most.
     """
-    z, y, x = (max(1, round(size * f)) for size, f in zip(grid.shape, factor, strict=True))
+    z, y, x = (max(1, math.floor(size * f + 0.5 + ROUNDING)) for size, f in zip(grid.shape, factor, strict=True))
     fine = np.asarray(factor, dtype=float)
     spacing = np.asarray(grid.spacing) / fine
     return replace(grid, shape=(z, y, x), spacing=_triple(spacing), origin=_world(grid, (1 / fine - 1) / 2))

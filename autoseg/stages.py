@@ -98,6 +98,17 @@ def plan_and_preprocess(
     case: patient, or "prefix" for cases whose names differ in their last part alone. `folds` is a file of folds, such
     as nnU-Net's splits_final.json, that is taken as it is. Raises DatasetError, PlanError, StorageError.
     """
+    changing = {
+        "--gpu-memory": gpu_memory_bytes,
+        "--fold-time": fold_seconds,
+        "--replan": replan,
+        "--input-spacing, --output-spacing, --sr-scale or --task": asked,
+    }
+    useless = next((option for option, given in changing.items() if keep_plan and given), None)
+    if useless is not None:
+        raise PlanError(
+            f"--keep-plan takes the plan as it is, so {useless} would change nothing; leave one of them out."
+        )
     start_workers(workers)  # they start while this process does
     if not keep_plan:
         # sizing networks needs torch, whose import takes as long as measuring a small dataset: one beside the other
@@ -207,7 +218,14 @@ def _plan(
         write_folds(place.folds, folds)
     fingerprint.save(place.fingerprint)
     plan.save(place.plan)
+    _tell_what_was_asked_in_vain(plan, asked)
     return plan, early if filling is not None and filling.result() else ()
+
+
+def _tell_what_was_asked_in_vain(plan: Plan, asked: Asked | None) -> None:
+    decided = next((d for d in plan.decisions if d.name == "super_resolution"), None)
+    if asked is not None and asked.anything and decided is not None and decided.value is False:
+        log.warning("%s: no super-resolution is planned: %s", plan.dataset, decided.because)
 
 
 def _write_folds(

@@ -53,7 +53,10 @@ class Draft:
         return [SUPER_RESOLVED_FORMS[name](self.grid, self.resolution, self._slices(name)) for name in names]
 
     def _slices(self, name: str) -> int:
-        return context_slices(name, self.fingerprint, self.grid) if name.startswith("2.5d") else 1
+        if not name.startswith("2.5d"):
+            return 1
+        refined = self.resolution if name in SUPER_RESOLVED_FORMS else None
+        return context_slices(name, self.fingerprint, self.grid, refined)
 
 
 def draft_plan(
@@ -61,7 +64,11 @@ def draft_plan(
 ) -> Draft:
     """Grid, super-resolution and the configurations to plan. Raises PlanError."""
     check_names(fingerprint, configurations)
-    grid = plan_grid(fingerprint, notes, expected=expected_spacing(fingerprint, asked))
+    expected = expected_spacing(fingerprint, asked)
+    if expected is not None:  # what is finer than the dataset says nothing of its axes
+        z, y, x = (max(pair) for pair in zip(expected, fingerprint.median_spacing, strict=True))
+        expected = (z, y, x)
+    grid = plan_grid(fingerprint, notes, expected=expected)
     named = any(name in SUPER_RESOLVED_FORMS for name in configurations or ())
     resolution = None
     if configurations is None or named or asked.anything:
@@ -121,11 +128,13 @@ def choose_configurations(
             planned = resolution.names(fingerprint.dimensions)
             if not fingerprint.labels.names:
                 wanted, because = planned, "the dataset has no labels: images are super-resolved, nothing else."
-            elif asked.anything and resolution.source == "degraded":
+            elif asked.anything:
                 wanted = planned
                 because = (
                     "images in use are coarser than the dataset's: networks that need its fine images could not be "
                     "used."
+                    if resolution.source == "degraded"
+                    else "answers on a finer grid than the images' were asked for, and no other network gives them."
                 )
             else:
                 wanted = (*wanted, *planned)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from autoseg.experiment_planning.grid import GridRules
 from autoseg.experiment_planning.superresolution import SuperResolution
 from autoseg.plan import PreprocessingSettings, Shape, Vector
 from autoseg.plan_values import INTERPOLATING
+from autoseg.preprocessing.case import WHOLE
 
 STACK = 3  # slices of a 2.5D network: one on each side
 DEEP_STACK = 5  # slices where the volumes are deep
@@ -141,16 +143,28 @@ def volume_form(name: str, grid: GridRules, spacing: Vector, *, previous_stage: 
     )
 
 
-def context_slices(name: str, fingerprint: Fingerprint, grid: GridRules) -> int:
+def stack_depths(grid: GridRules, axis: int, resolution: SuperResolution | None = None) -> list[int]:
+    """Slices along a network axis that a network of stacks is shown of each case: its own, or thick ones of it."""
+    if resolution is None:
+        return [shape[axis] for shape in grid.shapes]
+    scale = resolution.scale[axis] if resolution.source == "degraded" else 1.0
+    shapes = [grid.shape_on(case, resolution.store_spacing) for case in range(len(grid.shapes))]
+    return [math.floor(shape[axis] / scale + WHOLE) for shape in shapes]
+
+
+def context_slices(
+    name: str, fingerprint: Fingerprint, grid: GridRules, resolution: SuperResolution | None = None
+) -> int:
     """How many slices a 2.5D network sees: 5 where the median volume is deep and no case thinner than that, else 3.
 
     Raises PlanError naming the thinnest case where it has fewer slices than a stack of 3.
     """
     axis = grid.axis_order.index(VIEWS.get(name, grid.axis_order[0]))
-    depths = [shape[axis] for shape in grid.shapes]
+    depths = stack_depths(grid, axis, resolution)
     thinnest = min(range(len(depths)), key=lambda case: depths[case])
     if depths[thinnest] < STACK:
         slices = "1 slice" if depths[thinnest] == 1 else f"{depths[thinnest]} slices"
+        slices += "" if resolution is None else f" of {resolution.input_spacing[axis]:g} mm"
         raise PlanError(
             f"Case {fingerprint.cases[thinnest].identifier} of {fingerprint.dataset} has {slices}, {name} sees a stack "
             f"of {STACK}; leave the case out, or plan '2d' instead."

@@ -1,4 +1,4 @@
-"""Labels of the training cases -> C(s): what is left of them on a grid coarser by s, brought down to it and up again.
+"""Labels of the training cases -> C: what is left of them on a coarser grid, brought down to it and up again.
 
 It is what a perfect answer on the coarse grid would score: where it is low, super-resolution has much to give back.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from autoseg.acquisition import offset, slice_weights, slices
 from autoseg.dataset import Case, RawDataset
 from autoseg.executor import map_cases
-from autoseg.geometry import canonical_axes, turn_array
+from autoseg.geometry import canonical_axes, turn_array, turn_grid
 from autoseg.labels import Labels
 from autoseg.metrics import dice
 from autoseg.plan import Acquisition, Vector
@@ -26,17 +26,18 @@ CEILING_CASES = 20  # whose labels are brought down and up again: seconds, and c
 
 
 def label_ceiling(
-    dataset: RawDataset, scale: Vector, *, workers: int, drop_cases: Collection[str] = (), profile: str = "gauss"
+    dataset: RawDataset, spacing: Vector, *, workers: int, drop_cases: Collection[str] = (), profile: str = "gauss"
 ) -> float:
-    """C(s): mean Dice of training labels against themselves, brought down to a grid coarser by `scale` and up again.
+    """C: mean Dice of training labels against themselves, brought down to a grid of `spacing` and up again.
 
-    `scale` is along the canonical axes. Down goes the share of each value in each thick slice and the largest wins; up
-    the nearest slice. It is what a perfect answer on the coarse grid would score. At most 20 cases, evenly spaced.
-    Raises what reading a label raises; nan where no case has a structure.
+    `spacing` is in mm along the canonical axes; where a label is coarser already it stays as it is. Down goes the share
+    of each value in each thick slice and the largest wins; up the nearest slice. It is what a perfect answer on the
+    coarse grid would score. At most 20 cases, evenly spaced. Raises what reading a label raises; nan where no case has
+    a structure.
     """
     cases = [case for case in dataset.cases if case.identifier not in set(drop_cases)]
     cases = [cases[round(i)] for i in np.linspace(0, len(cases) - 1, min(CEILING_CASES, len(cases)))]
-    measure = functools.partial(_case_ceiling, dataset=dataset, scale=scale, acquisition=Acquisition(profile))
+    measure = functools.partial(_case_ceiling, dataset=dataset, spacing=spacing, acquisition=Acquisition(profile))
     found: list[float] = []
     for _, result in map_cases(measure, cases, workers=workers, names=[case.identifier for case in cases]):
         if isinstance(result, Exception):
@@ -45,11 +46,14 @@ def label_ceiling(
     return sum(found) / len(found) if found else math.nan
 
 
-def _case_ceiling(case: Case, *, dataset: RawDataset, scale: Vector, acquisition: Acquisition) -> list[float]:
+def _case_ceiling(case: Case, *, dataset: RawDataset, spacing: Vector, acquisition: Acquisition) -> list[float]:
     """The Dice of each structure that a case shows."""
     label = read_label(case, None, dataset, [])
     permutation, flips = canonical_axes(label.grid.direction)
     array = turn_array(label.array, permutation, flips)[0]
+    own = turn_grid(label.grid, permutation, flips).spacing
+    z, y, x = (max(1.0, float(f"{mm / have:.6g}")) for mm, have in zip(spacing, own, strict=True))
+    scale = (z, y, x)
     if any(size < s for size, s in zip(array.shape, scale, strict=True)):
         return []
     fine, restored = down_and_up(array, scale, acquisition)

@@ -21,6 +21,7 @@ from autoseg.experiment_planning.forms import (
     Form,
     context_slices,
     frame_of,
+    stack_depths,
     volume_form,
 )
 from autoseg.experiment_planning.grid import GridRules
@@ -199,7 +200,7 @@ class Planner:
         )
         if form.context != "none":
             axis = form.view_axis
-            depths = [shape[axis] for shape in self.grid.shapes]
+            depths = stack_depths(self.grid, axis, form.resolution)
             self.notes.add(
                 f"{name}.context_slices",
                 form.context_slices,

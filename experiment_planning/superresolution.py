@@ -45,7 +45,7 @@ MRI = re.compile(r"mri|flair|(?<![a-z])(?:mr(?![a-z])|t[12](?!\d)|pdw?(?![a-z])|
 WORLD_AXIS = {"S": 0, "I": 0, "P": 1, "A": 1, "L": 2, "R": 2}  # letter of an orientation -> canonical axis
 
 Ceiling = Callable[[Vector], float]
-"""C(s): what `label_ceiling.label_ceiling` says of a scale along the canonical axes."""
+"""C: what `label_ceiling.label_ceiling` says of a spacing in mm along the canonical axes, 0 where it stays."""
 
 
 @dataclass(frozen=True)
@@ -254,20 +254,32 @@ class _Question:
     def limit(self) -> float:
         return LARGEST_SCALE if self.named else AUTOMATIC_SCALE
 
-    def measure(self, scale: Vector) -> float | None:
-        """C(s) of a scale along the network axes."""
+    def measure(self, spacing: Vector) -> float:
+        """C of a spacing in mm along the network axes, 0 where labels stay as they are; nan where it is not known."""
         if self.ceiling is None:
-            return None
-        z, y, x = (scale[self.grid.axis_order.index(axis)] for axis in range(3))
+            return math.nan
+        z, y, x = (spacing[self.grid.axis_order.index(axis)] for axis in range(3))
         return self.ceiling((z, y, x))
 
+    def measure_in_plane(self, spacing: float) -> float:
+        """The mean of C for either axis of the plane, made as coarse as slices are."""
+        known = [c for axis in (1, 2) if not math.isnan(c := self.measure(_along(axis, spacing)))]
+        return sum(known) / len(known) if known else math.nan
+
     def says_ceiling(self, resolution: SuperResolution) -> str:
-        """What C(s) says of a scale, as the end of a sentence; nothing where it was not measured or is said already."""
-        c = self.measure(resolution.scale) if resolution.source == "degraded" and resolution.segments else None
-        if c is None or math.isnan(c):
+        """What C says of a super-resolution, as the end of a sentence; nothing where it is not known."""
+        if not resolution.segments:
+            return ""
+        if resolution.source == "self":
+            c, how = self.measure_in_plane(resolution.input_spacing[0]), "made as coarse in the plane"
+        else:
+            spacing = zip(resolution.input_spacing, resolution.scale, strict=True)
+            c = self.measure(_vector([mm if s > 1 else 0.0 for mm, s in spacing]))
+            how = "brought down to the input grid and up again"
+        if math.isnan(c):
             return ""
         pays = "thin structures will gain" if c < PAYS_BELOW else "structures are bulky and gain little"
-        return f"; labels brought down to the input grid and up again keep a Dice of {c:.3f}: {pays}"
+        return f"; labels {how} keep a Dice of {c:.3f}: {pays}"
 
     def fine_cases(self, target_mm: float) -> list[int]:
         """Cases whose slices are twice as thin as `target_mm`, where they are enough to learn from."""
@@ -304,9 +316,12 @@ def _from_the_user(question: _Question, asked: Asked) -> _Answer:
     if fingerprint.dimensions == 2:
         factors = (1.0, *factors[1:])
     if max(factors) == 1:
-        ratio = max(i / o for i, o in zip(wanted, output, strict=True))
+        axes = range(3 - fingerprint.dimensions, 3)
+        ratio = max(wanted[axis] / output[axis] for axis in axes)
+        which = "voxels" if fingerprint.dimensions == 3 else "pixels"
+        shown = (sizes([spacing[axis] for axis in axes]) for spacing in (wanted, output))
         return (
-            f"input slices of {sizes(wanted)} mm are {ratio:.2g} times as coarse as the output's {sizes(output)} mm: "
+            f"input {which} of {next(shown)} mm are {ratio:.2g} times as coarse as the output's {next(shown)} mm: "
             f"below {SMALLEST_SCALE:g} resampling loses nothing"
         )
     resolution = SuperResolution("degraded", _vector(factors), output, None, question.task)
@@ -321,7 +336,8 @@ def _with_source(question: _Question, resolution: SuperResolution, because: str)
     paired = _label_scale(question)
     if all(paired[axis] >= scale[axis] * (1 - SNAP) for axis in scaled):
         return replace(resolution, source="paired"), because
-    if all(data[axis] <= output[axis] * (1 + SNAP) for axis in scaled) or question.fine_cases(output[0] * TWICE):
+    enough = scaled == [0] and question.fine_cases(output[0] * TWICE)
+    if enough or all(data[axis] <= output[axis] * (1 + SNAP) for axis in scaled):
         return replace(resolution, acquisition=choose_acquisition(question.fingerprint.image_channels, scale)), because
     pixel = max(data[1:])
     if question.fingerprint.dimensions == 3 and scaled == [0] and pixel <= output[0] * SMALLEST_SCALE:
@@ -397,16 +413,13 @@ def _from_the_plane(question: _Question) -> _Answer:
     thick = f"all slices are {ratio:.1f} times as thick as pixels"
     if not question.fingerprint.labels.names:
         return _self_supervised(question, scale, pixel), f"{thick}, and there are no labels to lose by it: images alone"
-    measured = [question.measure(_along(axis, scale)) for axis in (1, 2)]
-    known = [c for c in measured if c is not None and not math.isnan(c)]
-    if not known and not question.named:
+    c = question.measure_in_plane(scale * pixel)
+    if math.isnan(c) and not question.named:
         return f"slices are {ratio:.1f} times as thick as pixels; what labels lose by that was not measured"
-    c = sum(known) / len(known) if known else math.nan
-    kept = f"labels made as coarse in the plane keep a Dice of {c:.3f}" if known else "asked for by name"
-    if known and c >= PAYS_BELOW and not question.named:
+    if c >= PAYS_BELOW and not question.named:
+        kept = f"labels made as coarse in the plane keep a Dice of {c:.3f}"
         return f"{kept}, from {PAYS_BELOW:g} on there is little to give back"
-    because = f"{thick}; {kept} (it pays below {PAYS_BELOW:g})"
-    return _self_supervised(question, scale, pixel), because
+    return _self_supervised(question, scale, pixel), thick + (", asked for by name" if question.named else "")
 
 
 def _self_supervised(question: _Question, scale: float, pixel: float) -> SuperResolution:
@@ -536,8 +549,8 @@ def _label_scale(question: _Question) -> Vector:
     return _vector([s if _pays(s) else 1.0 for s in found])
 
 
-def _along(axis: int, scale: float) -> Vector:
-    return _vector([scale if a == axis else 1.0 for a in range(3)])
+def _along(axis: int, spacing: float) -> Vector:
+    return _vector([spacing if a == axis else 0.0 for a in range(3)])
 
 
 def _multiply(a: Vector, b: Vector) -> Vector:

@@ -8,6 +8,7 @@ that its range of scales allows.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -18,8 +19,10 @@ from autoseg.plan import Configuration, PreprocessingSettings, Vector
 from autoseg.preprocessing.case import WHOLE, CaseGeometry, find_geometry, fine_geometry
 from autoseg.preprocessing.framed import turned, turned_back
 
+log = logging.getLogger(__name__)
+
 SAME_SPACING = 0.01  # as a share: a spacing this close to another is meant to be the same
-THINNER = 1.3  # times as fine as planned: up to it a fixed scale splits every slice into equally many
+THINNER = 1.3  # times as fine (or coarse) as planned: up to it a fixed scale splits every slice into equally many
 AXES = "zyx"
 
 
@@ -32,15 +35,15 @@ def planned_scale(configuration: Configuration) -> Vector:
 def input_settings(configuration: Configuration, image: Image) -> PreprocessingSettings:
     """How `image` is brought to the grid that the network reads.
 
-    For an any-scale network slices stay as far apart as they are, as long as that is in its range.
+    For an any-scale network slices stay as far apart as they are, unless that is below its range.
     """
     settings = configuration.input_preprocessing
     if configuration.sr_range is None:
         return settings
-    low, high = configuration.sr_range
+    low, _ = configuration.sr_range
     own = find_geometry(image, replace(settings, crop_to_nonzero=False)).turned.spacing
     spacing = [
-        planned if planned is None or scale == 1 else min(max(distance, low * planned / scale), high * planned / scale)
+        planned if planned is None or scale == 1 else max(distance, low * planned / scale)
         for planned, scale, distance in zip(settings.spacing, planned_scale(configuration), own, strict=True)
     ]
     assert spacing[1] is not None and spacing[2] is not None
@@ -61,6 +64,7 @@ def output_geometry(
     if not configuration.super_resolves:
         return geometry
     factor = _planned_factor(configuration, geometry)
+    _warn_of_thick_slices(configuration, geometry, factor)
     if configuration.sr_range is None:
         return _fixed_geometry(geometry, factor, planned_scale(configuration))
     # the network is asked for no more than it can; the way to the file's grid interpolates what is missing
@@ -97,8 +101,21 @@ def _planned_factor(configuration: Configuration, geometry: CaseGeometry) -> Vec
         if scale == 1 or spacing is None or own >= most * spacing:
             factor.append(scale)
         else:
-            factor.append(max(1.0, own * scale / spacing))
+            highest = configuration.sr_range[1] if configuration.sr_range is not None else scale
+            factor.append(min(max(1.0, own * scale / spacing), highest))
     return factor[0], factor[1], factor[2]
+
+
+def _warn_of_thick_slices(configuration: Configuration, geometry: CaseGeometry, factor: Vector) -> None:
+    """Tell of an image so coarse that nothing like it was learned from; its answer is as much coarser."""
+    scales, planned = planned_scale(configuration), configuration.input_preprocessing.spacing
+    for scale, spacing, own, f in zip(scales, planned, geometry.turned.spacing, factor, strict=True):
+        highest = configuration.sr_range[1] if configuration.sr_range is not None else scale
+        if scale > 1 and spacing is not None and own > THINNER * spacing * highest / scale:
+            log.warning(
+                "Slices of %.4g mm are thicker than the %.4g mm that configuration %s learned from: it answers on "
+                "%.4g mm; do not rely on it.", own, spacing * highest / scale, configuration.name, own / f,
+            )  # fmt: skip
 
 
 def _fixed_geometry(geometry: CaseGeometry, factor: Vector, scale: Vector) -> CaseGeometry:
@@ -118,12 +135,7 @@ def _asked_geometry(configuration: Configuration, geometry: CaseGeometry, output
     scale, own = planned_scale(configuration), geometry.turned.spacing
     target: Vector = turned(output_spacing, geometry.permutation)
     for axis, (s, have, want) in enumerate(zip(scale, own, target, strict=True)):
-        if s == 1 and abs(have / want - 1) > SAME_SPACING:
-            raise PredictionError(
-                f"The output spacing is {want:g} mm along {AXES[geometry.permutation[axis]]}, where configuration "
-                f"{configuration.name} does not super-resolve; ask for the image's {have:g} mm there."
-            )
-        if want > have * (1 + SAME_SPACING):
+        if s > 1 and want > have * (1 + SAME_SPACING):
             raise PredictionError(
                 f"The output spacing is {want:g} mm along {AXES[geometry.permutation[axis]]}, coarser than the image's "
                 f"{have:g} mm; ask for a finer one, or for the image's own grid with `--native`."
@@ -132,6 +144,25 @@ def _asked_geometry(configuration: Configuration, geometry: CaseGeometry, output
     fine = _refined(configuration, geometry, (factor[0], factor[1], factor[2]))
     _check_range(configuration, geometry, fine)
     return fine
+
+
+def asked_plane(configuration: Configuration, geometry: CaseGeometry, output_spacing: Triple) -> CaseGeometry:
+    """The grid of `output_geometry`, of the asked spacing along the axes too on which the network does not refine.
+
+    There its answer is brought from the one to the other.
+    """
+    own, target = geometry.turned.spacing, turned(output_spacing, geometry.permutation)
+    moved = [
+        s == 1 and abs(have / want - 1) > SAME_SPACING
+        for s, have, want in zip(planned_scale(configuration), own, target, strict=True)
+    ]
+    if not any(moved):
+        return geometry
+    z, y, x = (have / want if m else 1.0 for m, have, want in zip(moved, own, target, strict=True))
+    fine = fine_geometry(geometry, (z, y, x))
+    voxels = (last - first for first, last in fine.crop)
+    z, y, x = (n if m else size for m, n, size in zip(moved, voxels, geometry.network_shape, strict=True))
+    return replace(fine, network_shape=(z, y, x))
 
 
 def _refined(

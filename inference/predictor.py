@@ -22,11 +22,11 @@ from autoseg.dataset import Case, RawDataset
 from autoseg.device import autocast_dtype, resolve_device
 from autoseg.errors import CheckpointError, DatasetError, PredictionError
 from autoseg.image import Grid, Image, Triple, image_ending
-from autoseg.inference.answer_grid import input_settings, output_geometry
+from autoseg.inference.answer_grid import asked_plane, input_settings, output_geometry
 from autoseg.inference.chosen import Chosen
 from autoseg.inference.ensemble import average_logits, average_on_one_grid
 from autoseg.inference.export import export_image, export_labels, export_probabilities
-from autoseg.inference.grids import bring_logits, grid_between
+from autoseg.inference.grids import bring_image, bring_logits, grid_between
 from autoseg.inference.package import is_packed, unpacked
 from autoseg.inference.postprocess import Cleaning, clean_labels
 from autoseg.inference.sliding_window import MAX_RAM_BYTES, sliding_window_logits
@@ -329,15 +329,30 @@ class Model:
         grid = grid_between(case.geometry, geometry) if self.configuration.super_resolves else None
         network_answer = predict_network_grid(self, array, grid=grid, reference=case.reference, settings=settings)
         own = CaseAnswer(network_answer, geometry)
-        if not self.partners or image is None:
+        if self.partners and image is not None:
+            logits, _ = average_on_one_grid(
+                itertools.chain([(own.logits, geometry)], self._partner_answers(image, asked)),
+                regions=self.plan.labels.has_regions,
+                target=geometry,
+                weights=[self.weight, *(partner.weight for partner in self.partners)],
+            )
+            own = CaseAnswer(NetworkAnswer(logits, own.answer.image), geometry)
+        if output_spacing is None:
             return own
-        logits, _ = average_on_one_grid(
-            itertools.chain([(own.logits, geometry)], self._partner_answers(image, asked)),
-            regions=self.plan.labels.has_regions,
-            target=geometry,
-            weights=[self.weight, *(partner.weight for partner in self.partners)],
-        )
-        return CaseAnswer(NetworkAnswer(logits, own.answer.image), geometry)
+        target = asked_plane(self.configuration, geometry, output_spacing)
+        return self._brought_to(target, own, max_ram_bytes=settings.max_ram_bytes)
+
+    def _brought_to(self, target: CaseGeometry, answer: CaseAnswer, *, max_ram_bytes: int) -> CaseAnswer:
+        """An answer on another network grid: mean probabilities, and the image."""
+        logits, image = answer.answer
+        if target == answer.geometry:
+            return answer
+        if logits is not None:
+            regions = self.plan.labels.has_regions
+            logits = bring_logits(logits, answer.geometry, target, regions=regions, max_ram_bytes=max_ram_bytes)
+        if image is not None:
+            image = torch.from_numpy(bring_image(Image(image.numpy(), answer.geometry.network), target.network).array)
+        return CaseAnswer(NetworkAnswer(logits, image), target)
 
     @property
     def default_settings(self) -> PredictionSettings:
@@ -419,14 +434,13 @@ def predict_network_grid(
 
 def _check_slices(configuration: Configuration, image: Tensor) -> None:
     """Refuse a volume that is mostly edge for a network that sees neighbouring slices. Raises PredictionError."""
-    halo = configuration.architecture.halo
+    seen = configuration.architecture.context_slices
     for frame in configuration.frames(training=False):
         slices = image.shape[frame[0] + 1]
-        if slices < halo + 1:
+        if slices < seen:
             raise PredictionError(
                 f"The image has {slices} {'slice' if slices == 1 else 'slices'} along the axis of the stack, expected "
-                f"at least {halo + 1}: configuration {configuration.name} sees "
-                f"{configuration.architecture.context_slices} slices at once; use a 2d configuration."
+                f"at least {seen}, which configuration {configuration.name} sees at once; use a 2d configuration."
             )
 
 
@@ -525,8 +539,16 @@ def _load_selected(folder: Path, device: str, *, folds: Sequence[str]) -> Model:
         )
         for member, weight in zip(chosen.members, chosen.weights, strict=True)
     ]
+    # whose answer has the finest grid says where all of them answer, and whose grid can be asked for, before the others
+    members.sort(key=lambda member: _abilities(member.configuration), reverse=True)
     first, *partners = members
     return replace(first, partners=tuple(partners), temperature=chosen.temperature, cleaning=chosen.cleaning)
+
+
+def _abilities(configuration: Configuration) -> tuple[bool, bool, bool]:
+    """Whether it answers on any grid, on a finer one, and with an image."""
+    any_grid, image = configuration.sr_range is not None, configuration.architecture.image_channels > 0
+    return any_grid, configuration.super_resolves, image
 
 
 def _previous_stage(checkpoint: Checkpoint, configuration_folder: Path, device: str) -> Model | None:

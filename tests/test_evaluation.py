@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from autoseg.errors import PredictionError
-from autoseg.geometry import resample_grid, turn_array, turn_grid, voxels_to_world
+from autoseg.geometry import refine_grid, resample_grid, turn_array, turn_grid, voxels_to_world
 from autoseg.image import Grid, Image, read_image, write_image
 from autoseg.inference.evaluation import evaluate_folders, evaluate_image_folders, evaluate_pairs
 from autoseg.inference.scoring import Pair
@@ -207,6 +207,20 @@ def test_a_prediction_on_another_grid_is_scored_on_that_of_its_reference(tmp_pat
     assert f"{shape[0]}x{shape[1]}x{shape[2]} voxels of " in evaluation.brought["ball"]
     assert evaluation.table().splitlines()[-1].startswith("Scored on the references' grids; 1 of 1 predictions lie on")
     assert evaluation.to_json()["brought_to_the_reference_grid"] == evaluation.brought
+
+
+@pytest.mark.parametrize("slices", [1, 7])
+def test_an_answer_at_a_scale_that_is_not_whole_is_scored_though_its_last_face_is_half_a_voxel_off(tmp_path, slices):
+    """7 slices of 4 mm are 17.5 of 1.6 mm: the refined grid has one more half."""
+    thick = Grid((slices, 12, 12), (4.0, 1.0, 1.0), (3.3, 0.0, 0.0))
+    for folder, grid in (("answer", refine_grid(thick, (2.5, 1.0, 1.0))), ("truth", thick)):
+        label = np.zeros(grid.shape, np.uint8)
+        label[:, 3:9, 3:9] = 1
+        write_image(Image(label[None], grid), tmp_path / folder / "case.nii.gz")
+    for answer, truth in (("answer", "truth"), ("truth", "answer")):
+        evaluation = evaluate_folders(tmp_path / answer, tmp_path / truth)
+        assert evaluation.complete, evaluation.problems()
+        assert evaluation.cases["case"]["1"]["dice"] == 1
 
 
 def test_a_fine_prediction_fills_a_voxel_where_it_fills_most_of_it(tmp_path):

@@ -253,7 +253,7 @@ def test_the_output_spacing_is_that_of_the_written_labels(tmp_path):
     model = fine_threshold_model(sr_range=(1.5, 6.0))
     predict_files(model, tmp_path / "in", tmp_path / "out", options=PredictOptions(output_spacing=(1.6, 1.0, 1.0)))
     labels = read_image(tmp_path / "out" / "a.nii.gz")
-    assert labels.shape == (12, 12, 10) and np.allclose(labels.grid.spacing, (1.6, 1.0, 1.0))
+    assert labels.shape == (13, 12, 10) and np.allclose(labels.grid.spacing, (1.6, 1.0, 1.0))  # 12.5 slices
     outcome = predict_files(
         model, tmp_path / "in", tmp_path / "other", options=PredictOptions(output_spacing=(5.0, 1.0, 1.0))
     )

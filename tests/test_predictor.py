@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import (
+    ONE_CLASS,
     REGIONS,
     TWO_CLASSES,
     fine_threshold_model,
@@ -25,12 +26,15 @@ import autoseg
 from autoseg.acquisition import degrade
 from autoseg.checkpoint import Checkpoint
 from autoseg.errors import CheckpointError, DatasetError, PredictionError
+from autoseg.files import write_json
 from autoseg.geometry import outer_faces, turn_array, turn_grid
 from autoseg.image import Grid, Image, write_image
+from autoseg.inference.grids import bring_image
+from autoseg.inference.package import export_model
 from autoseg.inference.predictor import Model, PredictionSettings, load_model, predict_network_grid
 from autoseg.networks import build_network
 from autoseg.plan import Acquisition, Normalization
-from autoseg.workspace import CHECKPOINT
+from autoseg.workspace import CHECKPOINT, Workspace
 
 
 def volume(seed: int = 0, channels: int = 1, shape: tuple[int, int, int] = (10, 18, 15)) -> Image:
@@ -312,13 +316,14 @@ def test_mirroring_along_slices_is_left_out_where_a_single_one_is_seen(halo, cop
 @pytest.mark.parametrize("view_axis", [0, 1, 2])
 def test_a_volume_thinner_than_the_stack_is_refused_with_its_number_of_slices(view_axis):
     shape = [9, 12, 10]
-    shape[view_axis] = 1
-    image = Image(np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), Grid(tuple(shape)))
-    with pytest.raises(PredictionError, match="1 slice along the axis of the stack, expected at least 2.*3 slices"):
-        stack_model(view_axis).predict(image)
-    shape[view_axis] = 2
-    image = Image(np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), Grid(tuple(shape)))
-    assert stack_model(view_axis).predict(image).grid == image.grid
+    for slices, said in ((1, "1 slice"), (2, "2 slices"), (3, "")):
+        shape[view_axis] = slices
+        image = Image(np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32), Grid(tuple(shape)))
+        if not said:
+            assert stack_model(view_axis).predict(image).grid == image.grid
+            continue
+        with pytest.raises(PredictionError, match=f"{said} along the axis of the stack, expected at least 3"):
+            stack_model(view_axis).predict(image)
 
 
 # ---- super-resolution
@@ -483,7 +488,7 @@ def test_self_supervised_slices_go_through_the_planes_in_both_directions():
 ANY_SCALE = {"sr_range": (1.5, 6.0)}
 
 
-def test_an_any_scale_model_reads_slices_as_far_apart_as_they_are():
+def test_an_any_scale_model_reads_slices_as_far_apart_as_they_are(caplog):
     model = fine_threshold_model(**ANY_SCALE)
     for distance, slices in ((2.0, 6), (3.0, 7), (5.5, 4)):
         array = np.random.default_rng(0).uniform(50, 150, (1, slices, 9, 8)).astype(np.float32)
@@ -492,8 +497,9 @@ def test_an_any_scale_model_reads_slices_as_far_apart_as_they_are():
         labels = model.predict(image)
         assert labels.grid.spacing == (1.0, 1.0, 1.0) and labels.shape == (slices * distance, 9, 8)
     far = Image(array, Grid((4, 9, 8), (9.0, 1.0, 1.0)))
-    assert model.preprocess(far).image.shape == (1, 6, 9, 8), "beyond its range they are resampled"
-    assert model.predict(far).shape == (36, 9, 8)
+    assert model.preprocess(far).image.shape == (1, 4, 9, 8)
+    assert model.predict(far).grid.spacing == (1.5, 1.0, 1.0), "beyond its range the answer is coarser"
+    assert "Slices of 9 mm are thicker than the 6 mm" in caplog.text and "it answers on 1.5 mm" in caplog.text
     fine = Image(array, Grid((4, 9, 8), (0.5, 1.0, 1.0)))
     assert model.predict(fine).grid == fine.grid
 
@@ -512,13 +518,26 @@ def test_an_any_scale_model_answers_on_the_grid_that_is_asked_for(distance):
     np.testing.assert_allclose(fine.array[:, inside], expected[:, inside], rtol=1e-3)
 
 
+@pytest.mark.parametrize("plane", [(0.5, 1.0), (0.8, 1.3), (2.0, 0.7)])
+def test_an_output_spacing_may_differ_in_the_plane_too(plane):
+    image, model = thick_image(), fine_threshold_model(**ANY_SCALE)
+    usual = model.predict_image(image, output_spacing=(1.0, 1.0, 1.0))
+    asked = model.predict_image(image, output_spacing=(1.0, *plane))
+    assert asked.grid.spacing == pytest.approx((1.0, *plane))
+    np.testing.assert_allclose(outer_faces(asked.grid)[0], outer_faces(image.grid)[0], atol=1e-9)
+    expected = bring_image(usual, asked.grid).array
+    inner = (slice(None), slice(2, -2), slice(1, -1), slice(1, -1))
+    np.testing.assert_allclose(asked.array[inner], expected[inner], rtol=2e-3)
+    labels = model.predict(image, output_spacing=(1.0, *plane))
+    assert labels.grid == asked.grid and 0.2 < (labels.array == 3).mean() < 0.8
+
+
 @pytest.mark.parametrize(
     ("spacing", "sentence"),
     [
         ((0.5, 1.0, 1.0), "0.5 mm along z, 8 times as fine.*1.5 to 6 times, 0.667 to 2.67 mm"),
         ((3.5, 1.0, 1.0), "3.5 mm along z, 1.14 times"),
         ((5.0, 1.0, 1.0), "5 mm along z, coarser than the image's 4 mm"),
-        ((1.0, 0.5, 1.0), "0.5 mm along y, where configuration 3d_sr does not super-resolve"),
         ((1.0, 1.0, 0.0), "three positive numbers"),
     ],
 )
@@ -539,3 +558,34 @@ def test_an_image_on_slices_that_were_not_planned_for_is_answered_on_its_own_ref
     image = Image(array, Grid((6, 9, 8), (5.0, 1.0, 1.0)))
     labels = fine_threshold_model().predict(image)
     assert labels.shape == (24, 9, 8) and labels.grid.spacing == (1.25, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("order", [("3d_fullres", "3d_sr"), ("3d_sr", "3d_fullres")])
+def test_an_ensemble_with_a_super_resolving_member_answers_on_its_fine_grid(tmp_path, order):
+    """Whichever member was chosen first: a finer grid and an image are what the other cannot give."""
+    plan = small_plan(labels=ONE_CLASS)
+    first = plan.configurations[0]
+    as_acquired = replace(first.preprocessing, spacing=(4.0, 1.0, 1.0))
+    native = replace(first, preprocessing=as_acquired, training=replace(first.training, mirror_axes=()))
+    fine = super_resolving(plan, training=native.training)
+    plan = replace(plan, configurations=(native, fine))
+    place = Workspace(tmp_path / "ws")
+    for name in order:
+        save_fold(plan, place.models, name, "0")
+    members = [{"configuration": name, "mirroring": False} for name in order]
+    weights = {"3d_fullres": 0.25, "3d_sr": 0.75}
+    chosen = {
+        "members": members, "weights": [weights[name] for name in order], "temperature": 1.0, "cleaning": {},
+    }  # fmt: skip
+    write_json(tmp_path / "selection.json", {"version": 2, "chosen": chosen})
+    export_model(place, order, tmp_path / "model.zip", selection=tmp_path / "selection.json")
+    model, image = load_model(tmp_path / "model.zip", "cpu"), thick_image()
+    alone = {name: load_model(place.models / name, "cpu") for name in order}
+    joined = model.predict_probabilities(image)
+    assert joined.grid == alone["3d_sr"].predict(image).grid and joined.grid.spacing == (1.0, 1.0, 1.0)
+    coarse = bring_image(alone["3d_fullres"].predict_probabilities(image), joined.grid).array
+    expected = 0.25 * coarse + 0.75 * alone["3d_sr"].predict_probabilities(image).array
+    inner = (slice(None), slice(8, -8))  # what was cut away is background
+    np.testing.assert_allclose(joined.array[inner], expected[inner], atol=0.02)
+    assert model.predict_image(image).grid == joined.grid
+    assert model.predict(image, native=True).grid == image.grid

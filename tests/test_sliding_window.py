@@ -16,7 +16,7 @@ from autoseg.inference.sliding_window import (
     sliding_window_logits,
     tile_axis,
 )
-from autoseg.networks.upsampling import OutputGrid, interpolate
+from autoseg.networks.upsampling import HEADS, OutputGrid, interpolate
 
 
 class Pointwise(nn.Module):
@@ -232,6 +232,30 @@ def test_seams_are_not_seen_an_interpolation_gives_the_same_in_any_tiles(
     whole = interpolate(padded[None], OutputGrid(asked, grid.scale, start))[0]
     assert tiled.shape == (2, *asked)
     assert torch.allclose(tiled.float(), torch.cat((whole, 2 * whole)), atol=1e-4 if max_ram > 1 else 2e-2)
+
+
+@pytest.mark.parametrize("head", ["subpixel", "filters"])
+@pytest.mark.parametrize("scale", [(4.0, 1.0, 1.0), (2.5, 1.0, 2.0)])
+def test_seams_are_not_seen_in_what_an_up_head_adds_either(head, scale):
+    torch.manual_seed(0)
+    up = HEADS[head](1, 1, scale=scale, dimensions=3).eval()
+    for name, weight in up.named_parameters():
+        torch.nn.init.normal_(weight)
+        if weight.ndim == 5 and name.startswith(("last", "first")):  # each voxel by itself, so that tiles must agree
+            middle = tuple(n // 2 for n in weight.shape[2:])
+            kept = weight.data[(..., *middle)].clone()
+            weight.data.zero_()[(..., *middle)] = kept
+
+    def network(x: torch.Tensor, grid: OutputGrid) -> list[torch.Tensor]:
+        return [interpolate(x, grid) + up(x, grid)]
+
+    image = torch.randn((1, 16, 12, 8))
+    grid = OutputGrid.of((16, 12, 8), scale)
+    tiled = sliding_window_logits(network, image, patch_size=(8, 6, 4), grid=grid, stretch=1.0)
+    whole = sliding_window_logits(network, image, patch_size=(16, 12, 8), grid=grid)
+    added = whole - interpolate(image[None], grid)[0]
+    assert added.std() > 0.1 and tiled.shape == whole.shape == (1, *grid.shape)
+    assert (tiled - whole).abs().max() < 0.02 * added.abs().max()
 
 
 @given(

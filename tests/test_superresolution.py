@@ -253,10 +253,10 @@ def test_the_scale_that_is_planned_for_is_one_of_those_that_are_trained(thin, th
     ],
 )
 def test_thick_slices_alone_learn_in_the_plane_where_labels_lose_by_it(ratio, c, planned, said):
-    scales = []
+    spacings = []
 
-    def ceiling(scale):
-        scales.append(scale)
+    def ceiling(spacing):
+        spacings.append(spacing)
         return c
 
     found, because = choose(dataset((12, 60, 60), (ratio, 1.0, 1.0)), ceiling=ceiling)
@@ -265,7 +265,7 @@ def test_thick_slices_alone_learn_in_the_plane_where_labels_lose_by_it(ratio, c,
     if found is not None:
         assert found.source == "self" and found.names(3) == ("3d_sr",)
         assert found.output_spacing == (1.0, 1.0, 1.0) and found.input_spacing == (ratio, 1.0, 1.0)
-        assert sorted(set(scales)) == [(1.0, 1.0, ratio), (1.0, ratio, 1.0)], "measured in the plane"
+        assert sorted(set(spacings)) == [(0.0, 0.0, ratio), (0.0, ratio, 0.0)], "measured in the plane"
 
 
 def test_what_is_asked_by_name_may_be_larger_and_need_not_pay():
@@ -330,6 +330,31 @@ def test_ct_that_is_made_thick_is_stored_unclipped_and_read_clipped(counted):
     check_plan(plan, where="plan.json")
 
 
+def test_a_finer_answer_that_is_asked_for_leaves_only_networks_that_give_it(counted):
+    thick = dataset((12, 60, 60), (4.0, 1.0, 1.0))
+    plan = plan_by_memory(thick, asked=Asked(output_spacing=(1.0, 1.0, 1.0)), ceiling=lambda spacing: 0.9)
+    assert [c.name for c in plan.configurations] == ["3d_sr"] and plan.configurations[0].sr_source == "self"
+    text = " ".join(explain(plan).split())
+    assert "no other network gives them" in text and "in the plane keep a Dice of 0.900" in text
+
+
+def test_what_is_asked_for_and_comes_to_nothing_is_told(tiny_dataset, tmp_path, caplog, counted):
+    root = tiny_dataset(cases=5)
+    words = ["plan-and-preprocess", str(root), "--workspace", str(tmp_path), "--workers", "1", "--fold-time", "60s"]
+    told = CliRunner().invoke(app, [*words, "--sr-scale", "1.2"])
+    assert told.exit_code == 0, told.output
+    assert "no super-resolution is planned: input voxels of 2.4x1x1 mm are 1.2 times as coarse" in told.stderr
+    for option, value in (("--sr-scale", "2"), ("--gpu-memory", "4GB"), ("--fold-time", "1m")):
+        refused = CliRunner().invoke(app, [*words[:6], "--keep-plan", option, value])
+        assert refused.exit_code == 2 and option in refused.stderr and "takes the plan as it is" in refused.stderr
+
+
+def test_a_plane_that_no_case_shows_so_finely_is_refused_however_many_cases_there_are(counted):
+    many = dataset(spacing=(1.0, 1.0, 1.0), cases=12)
+    with pytest.raises(PlanError, match="cannot be learned from .* no axis shows so much"):
+        plan_by_memory(many, asked=Asked(output_spacing=(1.0, 0.5, 1.0)))
+
+
 def test_thick_images_in_use_leave_only_networks_that_read_them(counted):
     plan = plan_by_memory(dataset(), asked=Asked(input_spacing=(4.0, 1.0, 1.0)))
     assert [c.name for c in plan.configurations] == ["3d_sr"]
@@ -365,7 +390,10 @@ def test_bodies_of_one_scale_share_a_store():
     assert flat.view_axis == 1 and flat.sr_scale == (1.0, 4.0, 1.0), "its slices hold the axis that is coarse"
     assert flat.median_shape == (50, 9, 35)
     stack = plan.configuration("2.5d_stack_sr")
-    assert stack.architecture.context_slices == 5 and stack.sr_scale == (4.0, 1.0, 1.0)
+    assert stack.sr_scale == (4.0, 1.0, 1.0)
+    assert stack.architecture.context_slices == 3, "of the 9 thick slices, not of the 36 fine ones"
+    with pytest.raises(PlanError, match="has 2 slices of 16 mm, 2.5d_stack_sr sees a stack of 3"):
+        plan_by_memory(dataset(), asked=Asked(scale=(8.0,), output_spacing=(2.0, 1.0, 1.0)), configurations=names)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -378,7 +406,7 @@ def test_bodies_of_one_scale_share_a_store():
 )
 def test_any_scale_of_any_dataset_gets_plans_that_load(tmp_path_factory, shape, spacing, scale, axis, task):
     asked = Asked(scale=tuple(scale if a == axis else 1.0 for a in range(3)), output_spacing=spacing, task=task)
-    names = ["3d_sr", "3d_sr_any", "2d_sr", "2.5d_stack_sr"]
+    names = ["3d_sr", "3d_sr_any", "2d_sr", *(["2.5d_stack_sr"] if min(shape) >= 3 * scale else [])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sizer, "measure", memory_by_formula)
         plan = plan_by_memory(dataset(shape, spacing), asked=asked, configurations=names)

@@ -210,6 +210,8 @@ def _acquisition_problem(c: Configuration) -> str | None:
         return unknown_choice("profile", model.profile, PROFILES)
     if not 0 < model.thickness[0] <= model.thickness[1] < math.inf:
         return f"thickness must rise from above 0, got {list(model.thickness)}"
+    if model.gap and model.profile != "rect":
+        return f"a gap goes with profile rect alone, got {model.gap} with {model.profile}; give a smaller thickness"
     if not 0 <= model.gap < 1 or not 0 <= model.noise < math.inf:
         return f"gap must be from 0 to below 1 and noise not negative, got {model.gap} and {model.noise}"
     return None
@@ -253,6 +255,8 @@ def _stage_problem(c: Configuration, plan: Plan) -> str | None:
     before = next((other for other in plan.configurations if other.name == c.previous_stage), None)
     if c.previous_stage is not None and before is None:
         return f"previous_stage '{c.previous_stage}' is not a configuration of this plan"
+    if before is not None and c.super_resolves:
+        return f"a configuration that super-resolves cannot have a previous stage, got '{before.name}'"
     if before is not None and before.previous_stage:
         return f"previous_stage '{before.name}' has a previous stage itself; a cascade has two stages"
     return None

@@ -24,7 +24,7 @@ NEAR_PLACE_VOXELS = 0.05
 """Up to here the grids of image and label count as one (half a voxel would be a voxel wrongly labelled); verify says
 so and can repair it."""
 
-SAME_EXTENT_VOXELS = 0.5
+SAME_EXTENT_VOXELS = 0.501  # half a voxel, and what headers round
 """Labels on a grid of their own: how far its outer corners may lie from the image's, in voxels of the label."""
 
 LEAST_OVERLAP = 0.5
@@ -133,12 +133,23 @@ def _check_finite(path: Path, array: NDArray[Any]) -> None:
         )
 
 
+def _hint(grid: Grid, reference: Grid) -> str:
+    """What else can be done with a file that covers the same extent on a finer grid."""
+    finer = all(n >= m for n, m in zip(grid.shape, reference.shape, strict=True))
+    if not finer or extent_distance(reference, grid) > SAME_EXTENT_VOXELS:
+        return ""
+    return (
+        ', or, where a finer grid is meant, say so in dataset.json: "label_grid": "own" for labels, "channel_grids" '
+        "for a channel"
+    )
+
+
 def _check_same_place(path: Path, grid: Grid, reference_path: Path, reference: Grid, notes: list[str]) -> None:
     """Refuse a file whose voxels lie elsewhere than those of the case's first channel; note a tiny difference."""
     if grid.shape != reference.shape:
         raise DatasetError(
             f"{path}: size {grid.shape} voxels (z, y, x) differs from {reference.shape} of {reference_path.name}; "
-            "resample one of them."
+            f"resample one of them{_hint(grid, reference)}."
         )
     distance = corner_distance(reference, grid)
     if distance <= SAME_PLACE_VOXELS:

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 
 from autoseg.dataset import Case, RawDataset, list_cases, require_foreground
 from autoseg.errors import DatasetError
+from autoseg.geometry import refine_grid
 from autoseg.image import Grid, Image, read_image, to_itk, write_image
 from autoseg.reading import label_values, read_case, read_case_noting
 
@@ -246,6 +247,11 @@ FLIPPED = ((-1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
         (LABEL, on_grid(direction=FLIPPED), "direction"),
         (SECOND, on_grid(spacing=(3.0, 1.0, 1.0)), "spacing"),
         (LABEL, lambda i: Image(i.array[:, 1:], Grid((11, 16, 14), i.grid.spacing)), r"size \(11, 16, 14\) voxels"),
+        (
+            LABEL,
+            lambda i: Image(np.repeat(i.array, 2, 1), refine_grid(i.grid, (2, 1, 1))),
+            r'size \(24, 16, 14\).*; resample one of them, or, where a finer grid is meant, .* "label_grid": "own"',
+        ),
         (SECOND, lambda i: Image(i.array[..., 1:], Grid((12, 16, 13), i.grid.spacing)), r"size \(12, 16, 13\)"),
         (LABEL, lambda i: Image(np.repeat(i.array, 2, 0), i.grid), "2 components a voxel, expected 1"),
         (IMAGE, lambda i: Image(np.repeat(i.array, 3, 0), i.grid), "3 components a voxel, expected 1"),

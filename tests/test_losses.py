@@ -329,6 +329,9 @@ def test_without_fine_images_only_consistency_is_left() -> None:
     assert isinstance(loss, SuperResolutionLoss) and loss.terms == ("consistency",)
     with pytest.raises(PlanError, match="Nothing says what the super-resolved image should be.*consistency"):
         build_loss(TWO_CLASSES, paired.architecture, configuration=sr_configuration(source="paired"))
+    nothing = sr_configuration(training=TrainingSettings(image_losses=()))
+    with pytest.raises(PlanError, match="image_losses names nothing, and there is an image head; give l1 or"):
+        build_loss(TWO_CLASSES, nothing.architecture, configuration=nothing)
     unknown = sr_configuration(training=TrainingSettings(image_losses=("l2",)))
     with pytest.raises(PlanError, match="Image loss 'l2' is not known; choose one of"):
         build_loss(TWO_CLASSES, unknown.architecture, configuration=unknown)

@@ -158,7 +158,9 @@ FINE_EDITS: list[tuple[dict[str, Any], str | None]] = [
     ({"acquisition.profile": "gaus"}, "profile 'gaus' .* 'gauss'"),
     ({"acquisition.thickness": [0.0, 1.0]}, "thickness must rise from above 0"),
     ({"acquisition.thickness": [1.0, 0.5]}, "thickness must rise"),
-    ({"acquisition.gap": 1.0}, "gap must be from 0 to below 1"),
+    ({"acquisition.gap": 1.0, "acquisition.profile": "rect"}, "gap must be from 0 to below 1"),
+    ({"acquisition.gap": 0.2, "acquisition.profile": "rect"}, None),
+    ({"acquisition.gap": 0.2}, "a gap goes with profile rect alone, got 0.2 with gauss"),
     ({"acquisition.noise": -0.1}, "noise not negative"),
     ({"training.image_losses": ["l1", "l2"]}, "image loss 'l2'"),
     (PAIRED, None),
@@ -237,6 +239,13 @@ def test_a_cascade_on_a_stage_that_is_not_planned_is_refused(content):
     content["configurations"][2]["previous_stage"] = "3d_lowest"
     with pytest.raises(PlanError, match="previous_stage '3d_lowest'"):
         Plan.from_json(content, where="plan.json")
+
+
+def test_a_cascade_that_super_resolves_is_refused(content, fine_content):
+    stage = content["configurations"][0]
+    both = [stage, {**fine_content["configurations"][0], "previous_stage": stage["name"]}]
+    with pytest.raises(PlanError, match="super-resolves cannot have a previous stage, got '3d_fullres'"):
+        Plan.from_json({**content, "configurations": both}, where="plan.json")
 
 
 def test_a_cascade_on_a_cascade_two_configurations_of_one_name_and_none_at_all_are_refused(content):

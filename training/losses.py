@@ -328,6 +328,8 @@ def build_loss(
         raise PlanError(unknown_choice("Image loss", unknown, IMAGE_LOSSES))
     if configuration is not None and not has_fine_image(architecture, configuration.sr_source):
         terms = tuple(name for name in terms if name in WITHOUT_TRUTH)
+    if architecture.image_channels and configuration is not None and not configuration.training.image_losses:
+        raise PlanError(f"image_losses names nothing, and there is an image head; give {' or '.join(IMAGE_LOSSES)}.")
     if architecture.image_channels and not terms:
         raise PlanError(
             "Nothing says what the super-resolved image should be: without fine images image_losses must have "

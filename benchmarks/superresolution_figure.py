@@ -91,7 +91,7 @@ def draw(panels: list[tuple[str, Array, Array | None]], case: HighCase, axis: in
             for value, colour in zip(np.unique(case.label[case.label > 0]), COLOURS, strict=False):
                 if (outline == value).any():
                     axes.contour(outline == value, levels=[0.5], colors=[colour], linewidths=1.2)
-    figure.savefig(output)
+    figure.savefig(output, bbox_inches="tight", pad_inches=0.1)
 
 
 if __name__ == "__main__":

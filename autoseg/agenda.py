@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autoseg.contest import Contest, Task
 from autoseg.forecast import Pace
-from autoseg.inference.halving import FORK_SHARE
+from autoseg.inference.halving import FORK_SHARE, LEAST_GROWTH
 from autoseg.inference.rungs import Contender, Length
 from autoseg.training.loggers import NO_LOGS, Logs
 from autoseg.units import format_seconds
@@ -105,7 +105,7 @@ def agenda(contest: Contest, pace: Pace, *, fold_seconds: float | None, preproce
     cases = sum(len(fold.validation) for fold in contest.folds)
     items.append(Item(CHOOSE, tuple(item.name for item in items), pace.finishing(members, cases)))
     most = sum(item.seconds for item in items)
-    can_drop = [f"compare: {rung.name}" for rung in contest.open_rungs() if contest.can_drop(rung)]
+    can_drop = [f"compare: {rung.name}" for rung in contest.open_rungs() if contest.can_drop(rung, left, fold_seconds)]
     return Agenda(tuple(items), most, most - _saved(items, left, can_drop))
 
 
@@ -162,7 +162,7 @@ def commands(
     """
     place = ["--workspace", str(workspace)] if workspace is not None else []
     where = [*place, *(["--device", device] if device != "auto" else [])]
-    length = _steps(contest)
+    length = _steps_options(contest)
     same = ["--seed", str(seed)] if seed else []
     same += [word for name in logs.names for word in ("--log", name)]
     same += ["--mlflow-uri", logs.mlflow_uri] if logs.mlflow_uri else []
@@ -171,7 +171,7 @@ def commands(
     drop = ["--drop-cases"] if drop_cases else []
     lines = [["autoseg", "plan-and-preprocess", str(dataset), "--keep-plan", *drop, *place]]
     lines += [
-        ["autoseg", "train-fold", str(dataset), name, fold, *_length(contest, Task(name, fold)), *same, *where]
+        ["autoseg", "train-fold", str(dataset), name, fold, *_length_options(contest, Task(name, fold)), *same, *where]
         for name in names
         for fold in contest.names
         if not contest.is_done(Task(name, fold))
@@ -182,14 +182,18 @@ def commands(
     return [shlex.join(words) for words in lines]
 
 
-def _steps(contest: Contest) -> list[str]:
+def _steps_options(contest: Contest) -> list[str]:
     return ["--steps", str(contest.steps)] if contest.steps is not None else []
 
 
-def _length(contest: Contest, task: Task) -> list[str]:
-    """Options of a fold's training; what was begun goes on to the length of a whole fold, a fork too."""
+def _length_options(contest: Contest, task: Task) -> list[str]:
+    """Of a fold's training. What was begun goes on to the length that it has, a fork to that of a whole fold."""
     if not contest.is_begun(task):
-        return _steps(contest)
-    length = contest.length(task.configuration)
-    whole = ["--steps", f"{length.steps}"] if length.seconds is None else ["--time", f"{length.seconds:g}s"]
-    return ["--continue", *whole]
+        return _steps_options(contest)
+    if not contest.is_fork(task):
+        return ["--continue"]
+    whole, fork = contest.length(task.configuration), contest.fork_length(task)
+    if whole.seconds is None:
+        return ["--continue", "--steps", f"{whole.steps}"]
+    least = LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
+    return ["--continue", "--time", f"{max(whole.seconds, least):g}s"]

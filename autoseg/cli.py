@@ -618,7 +618,7 @@ def run(
     }
     if dry_run or print_commands:
         known_executor(executor)
-        contest, agenda = outlook(dataset, **asked)
+        contest, agenda = outlook(dataset, **asked, seed=seed, keep=print_commands)
         if dry_run:
             screen.say(agenda.table())
         if print_commands:

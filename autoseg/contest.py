@@ -236,11 +236,21 @@ class Contest:
                 self.place.root, self.steps, "; ".join(others),
             )  # fmt: skip
 
-    def warn_of_other_seeds(self, seed: int) -> None:
-        """Tell which folds, trained to their end with another seed, stay as they are."""
+    def require_seed(self, seed: int) -> None:
+        """Hold the seed against those of what is there. Raises PlanError where a begun fold has another.
+
+        Folds that ended with another are warned of: they stay as they are.
+        """
         tasks = [Task(name, fold) for name in self.configurations for fold in self.names]
-        standings = {task: self._standing(task) for task in tasks if self.is_done(task)}
-        others = [f"{task} (seed {s.seed})" for task, s in standings.items() if s is not None and s.seed != seed]
+        standings = {task: standing for task in tasks if (standing := self._standing(task)) is not None}
+        other = {task: standing.seed for task, standing in standings.items() if standing.seed != seed}
+        begun = next((task for task in other if not self.is_done(task)), None)
+        if begun is not None:
+            raise PlanError(
+                f"{self.place.fold(begun.configuration, begun.fold)}: this training was begun with --seed "
+                f"{other[begun]}, now it is {seed}; give the same, or delete the folder to begin it anew."
+            )
+        others = [f"{task} (seed {before})" for task, before in other.items()]
         if others:
             log.warning(
                 "%s: --seed %d holds for the folds that are left; trained to their end, and kept, are %s.",
@@ -262,6 +272,11 @@ class Contest:
     def is_begun(self, task: Task) -> bool:
         """Whether a training of the fold is there."""
         return self._standing(task) is not None
+
+    def is_fork(self, task: Task) -> bool:
+        """Whether what is there of a fold is its fork, trained to the end of that or not."""
+        standing = self._standing(task)
+        return standing is not None and is_of_length(standing, self.fork_length(task))
 
     def is_forked(self, task: Task) -> bool:
         """Whether the fork of a fold is trained and scored."""
@@ -333,22 +348,23 @@ class Contest:
             found.append(Work(left=pace.comparing(len(now.contenders), cases, configurations), chance=chance))
         return found
 
-    def _forks_few_steps(self, contender: Contender) -> bool:
+    def _forks_few_steps(self, contender: Contender, fold_seconds: float | None = None) -> bool:
         """Whether a contender's fork will hardly have taken LEAST_STEPS, so that only a whole fold can drop it."""
-        return any(self._expected_steps(name) < LEAST_STEPS for name in contender.members)
+        return any(self._expected_steps(name, fold_seconds) < LEAST_STEPS for name in contender.members)
 
-    def _expected_steps(self, configuration: str) -> float:
-        """Of its fork, by the forecast; infinite where nothing tells."""
-        length = self.fork_length(Task(configuration, "0")) or self.length(configuration).share(FORK_SHARE)
+    def _expected_steps(self, configuration: str, fold_seconds: float | None) -> float:
+        """Of its fork, by the forecast; infinite where nothing tells. Without the length of a fold that of the plan."""
+        whole = Length(seconds=fold_seconds) if fold_seconds else self.length(configuration)
+        length = self.fork_length(Task(configuration, "0")) or whole.share(FORK_SHARE)
         if length.steps is not None:
             return length.steps
         forecast = self.plan.forecasts.get(configuration)
         each = forecast.seconds_per_step if forecast is not None else 0.0
         return (length.seconds or 0.0) / each if each else math.inf
 
-    def can_drop(self, rung: Rung) -> bool:
-        """Whether a comparison is likely to end with candidates dropped; not where all forks are too short for it."""
-        return not rung.forks or not all(self._forks_few_steps(contender) for contender in self.contenders)
+    def can_drop(self, rung: Rung, contenders: Sequence[Contender], fold_seconds: float | None = None) -> bool:
+        """Whether a comparison may end with candidates dropped; not where all of their forks are too short for it."""
+        return not rung.forks or not all(self._forks_few_steps(one, fold_seconds) for one in contenders)
 
     def _works_of(self, task: Task, pace: Pace, *, chance: float, forks: bool) -> list[Work]:
         """What a fold still needs: the fork that is compared first, and the rest."""

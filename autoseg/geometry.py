@@ -29,6 +29,7 @@ Direction = tuple[Triple, Triple, Triple]
 OVERLAP_POINTS = 24  # along each axis at which it is asked whether one grid covers another
 SAME_FACE = 1e-3  # voxels: headers hold rounded numbers
 ROUNDING = 1e-6  # by which a product of a size and a factor may miss a number
+HALF_A_VOXEL = 0.501  # by which grids over one extent may differ where their voxels do not divide it; headers round
 POSITIVE_ENDS = "SPL"  # where world axes z, y, x (LPS) point to
 NEGATIVE_ENDS = "IAR"
 
@@ -122,13 +123,23 @@ def resample_grid(grid: Grid, shape: Shape) -> Grid:
     return replace(grid, shape=shape, spacing=_triple(spacing), origin=_world(grid, (factor - 1) / 2))
 
 
+def nearest_up(value: float) -> int:
+    """The nearest whole number; of two that are as near the larger."""
+    return math.floor(value + 0.5 + ROUNDING)
+
+
+def nearest_down(value: float) -> int:
+    """The nearest whole number; of two that are as near the smaller."""
+    return math.ceil(value - 0.5 - ROUNDING)
+
+
 def refine_grid(grid: Grid, factor: Sequence[float]) -> Grid:
     """The grid with its spacing divided by `factor` (z, y, x), exactly; the first voxel's outer face stays.
 
     As many voxels as come nearest to the extent, of two numbers the larger: the last face moves by half a new voxel at
     most.
     """
-    z, y, x = (max(1, math.floor(size * f + 0.5 + ROUNDING)) for size, f in zip(grid.shape, factor, strict=True))
+    z, y, x = (max(1, nearest_up(size * f)) for size, f in zip(grid.shape, factor, strict=True))
     fine = np.asarray(factor, dtype=float)
     spacing = np.asarray(grid.spacing) / fine
     return replace(grid, shape=(z, y, x), spacing=_triple(spacing), origin=_world(grid, (1 / fine - 1) / 2))

@@ -46,7 +46,6 @@ AIMED_SHARE = 0.98  # of the time for everything at which a run means to end
 LEAST_FOLD_SECONDS = 10.0  # what a fold gets even where the time is spent
 CORES_BESIDE_GPU = 4  # that prepare patches for it
 PROCESS_BYTES = 2 * 10**9  # of memory that a training takes beside its step: libraries, patches that wait
-LEAST_GROWTH = 1.25  # a training that goes on from a fork is at least so many times as long as that was
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Job:
     device: str = "auto"
     workers: int = 1
     """Processes that score the predictions."""
-    cores: int | None = None
-    """That it has for itself; None: those of the machine."""
+    loaders: int | None = None
+    """Processes that prepare patches; None: by the cores of the machine."""
     seed: int = 0
     logs: Logs = NO_LOGS
     """What is told of the training besides history.csv."""
@@ -175,7 +174,7 @@ def run(
         split = find_folds(plan, place, drop_cases=planned.dropped)
         contest = Contest(plan, place, split, steps, timed, tuple(configurations or ()))
         contest.require_length()
-        contest.warn_of_other_seeds(seed)
+        contest.require_seed(seed)
         pace = Pace(plan, workers)
         ends = began + AIMED_SHARE * seconds - _spent(contest) if timed and seconds is not None else None
         if timed and seconds is not None and not _spent(contest):
@@ -216,15 +215,19 @@ def outlook(
     folds: Path | None = None,
     device: str = "auto",
     workers: int = 1,
+    seed: int = 0,
+    keep: bool = True,
 ) -> tuple[Contest, Agenda]:
     """What `run` with these arguments has before it; it is planned as that would, and nothing is preprocessed.
 
-    Raises what planning raises.
+    The plan is kept where none is there, or with `keep`; then nobody else may work in the workspace. Raises what
+    planning raises, and what `run` does before it trains.
     """
     timed = seconds is not None and steps is None
     place = workspace_of(dataset_root, workspace)
-    with alone(place.lock, what=f"{place.root}: another run works here"):
-        plan = plan_and_preprocess(
+    save = keep or not place.plan.exists()
+    with alone(place.lock, what=f"{place.root}: another run works here") if save else contextlib.nullcontext():
+        planned = plan_and_preprocess(
             dataset_root,
             workspace=workspace,
             gpu_memory_bytes=gpu_memory_bytes,
@@ -232,28 +235,29 @@ def outlook(
             configurations=configurations,
             asked=asked,
             fill_store=False,
+            save=save,
             drop_broken=drop_broken,
             reuse_plan=True,
             group_by=group_by,
             folds=folds,
             device=device,
             workers=workers,
-        ).plan
+        )
 
     from autoseg.agenda import agenda
     from autoseg.contest import Contest
-    from autoseg.experiment_planning.fingerprint import Fingerprint
     from autoseg.forecast import Pace
     from autoseg.preprocessing.store import Store
     from autoseg.training.folds import load_folds, make_folds
 
-    cases = Fingerprint.load(place.fingerprint).cases
-    names = [case.identifier for case in cases]
-    split = load_folds(place.folds, names) if place.folds.exists() else make_folds(names)
-    contest = Contest(plan, place, tuple(split), steps, timed, tuple(configurations or ()))
+    plan, names = planned.plan, [case.identifier for case in planned.cases]
+    split = planned.folds or (load_folds(place.folds, names) if place.folds.exists() else make_folds(names))
+    contest = Contest(plan, place, require_held_out(split, place), steps, timed, tuple(configurations or ()))
+    contest.require_length()
+    contest.require_seed(seed)
     pace = Pace(plan, workers)
     missing = [one for one in plan.stores() if not all(map(Store(place.store(one)).has, names))]
-    preprocessing = len(missing) * pace.preprocessing([case.shape for case in cases])
+    preprocessing = len(missing) * pace.preprocessing([case.shape for case in planned.cases])
     whole = None
     if timed and seconds is not None:
         whole = _fold_time(contest, pace, AIMED_SHARE * seconds - _spent(contest) - preprocessing)
@@ -267,11 +271,14 @@ def _next_jobs(
 
     A configuration at a time, since its needs are its own.
     """
+    from autoseg.training.batches import default_workers
+
     first = now.tasks[0].configuration
     tasks = [task for task in now.tasks if task.configuration == first]
     needs = needs_of(contest.plan, first, form.device)
     places = executor.places(form.device, needs)
-    forms = [replace(form, device=device, workers=needs.cores, cores=needs.cores) for device in places] or [form]
+    loaders = needs.cores if needs.gpus else default_workers(cores=needs.cores)
+    forms = [replace(form, device=device, workers=needs.cores, loaders=loaders) for device in places] or [form]
     turns = math.ceil(len(tasks) / len(forms))
     chosen = zip(forms, tasks, strict=False)
     return [_job(one, task, now, contest, pace, left, at_once=len(tasks) / turns) for one, task in chosen]
@@ -400,6 +407,8 @@ def _job(one: Job, task: Task, now: Round, contest: Contest, pace: Pace, left: f
     if left is None:
         length = contest.length(task.configuration)
         return replace(job, steps=length.steps, seconds=length.seconds, before=fork)
+    from autoseg.inference.halving import LEAST_GROWTH
+
     least = LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
     return replace(job, seconds=max(_fold_time(contest, pace, left, at_once=at_once), least), before=fork)
 
@@ -452,14 +461,20 @@ def find_folds(plan: Plan, place: Workspace, *, drop_cases: Collection[str] = ()
     from autoseg.training.folds import load_or_make_folds
 
     store = Store(place.store(plan.configurations[0].preprocessing))
-    folds = tuple(load_or_make_folds(place.folds, [case for case in store.cases() if case not in drop_cases]))
+    return require_held_out(
+        load_or_make_folds(place.folds, [case for case in store.cases() if case not in drop_cases]), place
+    )
+
+
+def require_held_out(folds: Sequence[Fold], place: Workspace) -> tuple[Fold, ...]:
+    """The folds. Raises PlanError where one holds nothing out: it could not be compared."""
     idle = next((str(number) for number, fold in enumerate(folds) if not fold.validation), None)
     if idle is not None:
         raise PlanError(
             f"{place.folds}: fold {idle} holds out no case, and a run chooses by held-out cases; leave it out of "
             "the file, or train it with `autoseg train-fold` alone."
         )
-    return folds
+    return tuple(folds)
 
 
 def run_job(
@@ -476,7 +491,6 @@ def run_job(
     here or elsewhere. Raises PlanError, CheckpointError, StorageError, WorkerError.
     """
     from autoseg.contest import is_of_length, standing_of
-    from autoseg.training.batches import default_workers
 
     place = Workspace(job.workspace)
     plan = Plan.load(place.plan)
@@ -499,7 +513,7 @@ def run_job(
             steps=job.steps,
             resume=standing is not None,
             seed=job.seed,
-            workers=default_workers(cores=job.cores),
+            workers=job.loaders,
             logs=job.logs,
             on_step=timer,
             stop=stop,

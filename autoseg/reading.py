@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from autoseg.dataset import DATASET_JSON, Case, RawDataset, main_image
 from autoseg.errors import DatasetError, listed
-from autoseg.geometry import corner_distance, extent_distance, outer_faces, share_covered
+from autoseg.geometry import HALF_A_VOXEL, corner_distance, extent_distance, outer_faces, share_covered
 from autoseg.image import Grid, Image, read_image
 
 SAME_PLACE_VOXELS = 1e-3
@@ -24,7 +24,7 @@ NEAR_PLACE_VOXELS = 0.05
 """Up to here the grids of image and label count as one (half a voxel would be a voxel wrongly labelled); verify says
 so and can repair it."""
 
-SAME_EXTENT_VOXELS = 0.501  # half a voxel, and what headers round
+SAME_EXTENT_VOXELS = HALF_A_VOXEL
 """Labels on a grid of their own: how far its outer corners may lie from the image's, in voxels of the label."""
 
 LEAST_OVERLAP = 0.5

@@ -240,9 +240,9 @@ class RunTable(RunLines):
     def _cell(self, row: Row) -> str:
         score = "" if row.dice is None else f"{row.dice:.4f}"
         if row.task in self._running and row.state != "done":
-            if len(self._running) > 1:  # in processes of their own, maybe on other machines
+            if self._progress is None:  # not yet begun, or in a process of its own, maybe on another machine
                 return "[bold]at work"
-            share = 0.0 if self._progress is None else self._progress.fraction
+            share = self._progress.fraction
             return f"[bold]{'predicting' if share >= 1 else f'{share:.0%}'}"
         return {"done": f"[green]{score}", "fork": f"[dim]({score})", "dropped": f"[dim]dropped {score}"}.get(
             row.state, "[dim]waiting"

@@ -27,10 +27,11 @@ from autoseg.workspace import CHECKPOINT, MODELS, Workspace
 
 if TYPE_CHECKING:
     from autoseg.executor import Executor
-    from autoseg.experiment_planning.fingerprint import Fingerprint
+    from autoseg.experiment_planning.fingerprint import CaseFingerprint, Fingerprint
     from autoseg.experiment_planning.superresolution import Asked
     from autoseg.inference.summary import Evaluation
     from autoseg.training.distributed import World
+    from autoseg.training.folds import Fold
     from autoseg.training.loggers import Logs
     from autoseg.training.loop import Progress, TrainedFold
 
@@ -50,6 +51,10 @@ class Planned:
     """The preprocessed ones."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Broken cases that were left out, with the sentence that says why."""
+    cases: tuple[CaseFingerprint, ...] = ()
+    """Those that were measured, unless the plan was kept unseen."""
+    folds: tuple[Fold, ...] = ()
+    """That are written, or would be; none where those that are there stay."""
 
     def summary(self) -> str:
         """The forecast, one line for each configuration, and what to type next."""
@@ -75,6 +80,7 @@ def plan_and_preprocess(
     configurations: Sequence[str] | None = None,
     asked: Asked | None = None,
     fill_store: bool = True,
+    save: bool = True,
     drop_broken: bool = False,
     replan: bool = False,
     keep_plan: bool = False,
@@ -89,7 +95,8 @@ def plan_and_preprocess(
     """Fingerprint, plan and store of a raw dataset; what is there already and still right is not made again.
 
     `fold_seconds` may be a function of the names of what will be planned, the low resolution of a cascade aside.
-    `asked` are the grids of super-resolution. Without `fill_store` nothing is preprocessed.
+    `asked` are the grids of super-resolution. Without `fill_store` nothing is preprocessed, without `save` nothing is
+    written at all.
 
     `drop_broken` leaves broken cases out instead of refusing the dataset. A
     plan that would change under trained models is refused unless `replan`, which puts them aside. `keep_plan`
@@ -119,7 +126,8 @@ def plan_and_preprocess(
     else:
         dataset = _whole_dataset(Path(dataset_root), workers=workers)
     place = Workspace.of(dataset.root, workspace)
-    _check_writable(place)
+    if save:
+        _check_writable(place)
 
     from autoseg.preprocessing.run import preprocess
 
@@ -133,12 +141,14 @@ def plan_and_preprocess(
         progress=progress,
     )
     filled: tuple[PreprocessingSettings, ...] = ()
+    cases: tuple[CaseFingerprint, ...] = ()
+    split: tuple[Fold, ...] = ()
     if keep_plan:
         plan, _ = load_plan(dataset.root, workspace)
         if group_by or folds:
             _write_folds(dataset, place, workers=workers, drop_cases=list(dropped), group_by=group_by, given=folds)
     else:
-        plan, filled = _plan(
+        plan, filled, cases, split = _plan(
             dataset,
             place,
             Budget(gpu_memory_bytes or 0, 0.0 if callable(fold_seconds) else fold_seconds or 0.0, device),
@@ -151,14 +161,15 @@ def plan_and_preprocess(
             drop_cases=[case.identifier for case in dataset.cases if case.identifier in dropped],
             group_by=group_by,
             given_folds=folds,
-            fill=fill if fill_store else None,
+            fill=fill if fill_store and save else None,
+            save=save,
         )
     planned = [configuration.name for configuration in plan.configurations]  # a cascade brings its low resolution along
     names = tuple(configurations) if keep_plan and configurations else tuple(planned)
     left = [store for store in plan.stores(names) if store not in filled]
-    if left and fill_store:
+    if left and fill_store and save:
         fill(left)
-    return Planned(plan, place, names, dropped)
+    return Planned(plan, place, names, dropped, cases, split)
 
 
 def _plan(
@@ -176,8 +187,9 @@ def _plan(
     group_by: str | None,
     given_folds: Path | None,
     fill: Callable[..., bool] | None,
-) -> tuple[Plan, tuple[PreprocessingSettings, ...]]:
-    """The plan, and the stores that were filled while it was made."""
+    save: bool,
+) -> tuple[Plan, tuple[PreprocessingSettings, ...], tuple[CaseFingerprint, ...], tuple[Fold, ...]]:
+    """The plan, the stores that were filled while it was made, and the cases and folds that it was made for."""
     from autoseg.experiment_planning.draft import draft_plan
     from autoseg.experiment_planning.fingerprint import extract_fingerprint
     from autoseg.experiment_planning.folds import plan_folds
@@ -200,9 +212,9 @@ def _plan(
     kept = None if replan else Plan.load(place.plan) if reuse and place.plan.exists() else _plan_of_models(place)
     if kept is not None and kept.fingerprint == fingerprint.id and _answers(kept, budget, configurations, asked):
         log.info("%s: nothing that was asked differs from this plan; it stays.", place.plan)
-        if folds:  # the file was deleted
+        if folds and save:  # the file was deleted
             write_folds(place.folds, folds)
-        return kept, ()
+        return kept, (), fingerprint.cases, tuple(folds)
     ceiling = functools.cache(functools.partial(label_ceiling, dataset, workers=workers, drop_cases=tuple(drop_cases)))
     if fold_seconds is not None:
         draft = draft_plan(fingerprint, configurations, asked or Asked(), ceiling, Notes())
@@ -214,12 +226,14 @@ def _plan(
     with _beside(fill, early, workers=workers) as filling:
         plan = plan_experiment(fingerprint, budget, configurations=configurations, asked=asked, ceiling=ceiling)
     _put_models_aside(plan, place, replan=replan)
-    if folds:
-        write_folds(place.folds, folds)
-    fingerprint.save(place.fingerprint)
-    plan.save(place.plan)
     _tell_what_was_asked_in_vain(plan, asked)
-    return plan, early if filling is not None and filling.result() else ()
+    if save:
+        if folds:
+            write_folds(place.folds, folds)
+        fingerprint.save(place.fingerprint)
+        plan.save(place.plan)
+    filled = early if filling is not None and filling.result() else ()
+    return plan, filled, fingerprint.cases, tuple(folds)
 
 
 def _tell_what_was_asked_in_vain(plan: Plan, asked: Asked | None) -> None:

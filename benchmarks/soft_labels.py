@@ -119,6 +119,9 @@ class SoftTraining:
         degraded = replace(degraded, patch_size=c.patch_size, batch_size=c.batch_size)
         place = Workspace(self.high.root)
         store = Store(place.store(degraded.preprocessing))
+        other = Workspace(self.low.root).folds.read_text(encoding="utf-8")
+        assert place.folds.read_text(encoding="utf-8") == other, "what one trains on the other must not hold out"
+        assert c.preprocessing.axis_order == degraded.preprocessing.axis_order, "both see the same axes first"
         split = select_fold(load_folds(place.folds, store.cases()), self.high.fold, store.cases())
         samples = Samples(store, split.train, degraded, plan.labels, seed=self.seed)
         torch.manual_seed(self.seed)

@@ -64,11 +64,7 @@ def draft_plan(
 ) -> Draft:
     """Grid, super-resolution and the configurations to plan. Raises PlanError."""
     check_names(fingerprint, configurations)
-    expected = expected_spacing(fingerprint, asked)
-    if expected is not None:  # what is finer than the dataset says nothing of its axes
-        z, y, x = (max(pair) for pair in zip(expected, fingerprint.median_spacing, strict=True))
-        expected = (z, y, x)
-    grid = plan_grid(fingerprint, notes, expected=expected)
+    grid = plan_grid(fingerprint, notes, expected=expected_spacing(fingerprint, asked))
     named = any(name in SUPER_RESOLVED_FORMS for name in configurations or ())
     resolution = None
     if configurations is None or named or asked.anything:
@@ -133,7 +129,7 @@ def choose_configurations(
                 because = (
                     "images in use are coarser than the dataset's: networks that need its fine images could not be "
                     "used."
-                    if resolution.source == "degraded"
+                    if resolution.source == "degraded" and asked.output_spacing is None
                     else "answers on a finer grid than the images' were asked for, and no other network gives them."
                 )
             else:

@@ -143,10 +143,16 @@ def volume_form(name: str, grid: GridRules, spacing: Vector, *, previous_stage: 
     )
 
 
-def stack_depths(grid: GridRules, axis: int, resolution: SuperResolution | None = None) -> list[int]:
-    """Slices along a network axis that a network of stacks is shown of each case: its own, or thick ones of it."""
+def stack_depths(
+    grid: GridRules, axis: int, resolution: SuperResolution | None = None, *, views: bool = False
+) -> list[int]:
+    """Slices along a network axis that a network of stacks is shown of each case.
+
+    Along the slices its own, along a view those of the grid of volumes; of a super-resolving one thick slices.
+    """
     if resolution is None:
-        return [shape[axis] for shape in grid.shapes]
+        own = [None, *grid.spacing[1:]] if axis == 0 and not views else grid.spacing
+        return [grid.shape_on(case, own)[axis] for case in range(len(grid.shapes))]
     scale = resolution.scale[axis] if resolution.source == "degraded" else 1.0
     shapes = [grid.shape_on(case, resolution.store_spacing) for case in range(len(grid.shapes))]
     return [math.floor(shape[axis] / scale + WHOLE) for shape in shapes]
@@ -160,7 +166,7 @@ def context_slices(
     Raises PlanError naming the thinnest case where it has fewer slices than a stack of 3.
     """
     axis = grid.axis_order.index(VIEWS.get(name, grid.axis_order[0]))
-    depths = stack_depths(grid, axis, resolution)
+    depths = stack_depths(grid, axis, resolution, views=name in VIEWS)
     thinnest = min(range(len(depths)), key=lambda case: depths[case])
     if depths[thinnest] < STACK:
         slices = "1 slice" if depths[thinnest] == 1 else f"{depths[thinnest]} slices"

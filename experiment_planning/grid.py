@@ -62,7 +62,8 @@ def plan_grid(fingerprint: Fingerprint, notes: Notes, *, expected: Vector | None
     `expected` is the canonical spacing of the images that will be met in use, where these are coarser than the
     dataset's: their coarsest axis comes first.
     """
-    met = expected or fingerprint.median_spacing
+    z, y, x = (max(pair) for pair in zip(expected or (0.0, 0.0, 0.0), fingerprint.median_spacing, strict=True))
+    met = (z, y, x)  # what is finer than the dataset says nothing of its axes
     order = rules.coarsest_first(met, fingerprint.median_shape)
     median = _ordered(fingerprint.median_spacing, order)
     if expected is not None and fingerprint.dimensions == 3:

@@ -30,7 +30,7 @@ def label_ceiling(
 ) -> float:
     """C: mean Dice of training labels against themselves, brought down to a grid of `spacing` and up again.
 
-    `spacing` is in mm along the canonical axes; where a label is coarser already it stays as it is. Down goes the share
+    `spacing` is in mm along the canonical axes; labels that are as coarse already do not count. Down goes the share
     of each value in each thick slice and the largest wins; up the nearest slice. It is what a perfect answer on the
     coarse grid would score. At most 20 cases, evenly spaced. Raises what reading a label raises; nan where no case has
     a structure.
@@ -54,6 +54,8 @@ def _case_ceiling(case: Case, *, dataset: RawDataset, spacing: Vector, acquisiti
     own = turn_grid(label.grid, permutation, flips).spacing
     z, y, x = (max(1.0, float(f"{mm / have:.6g}")) for mm, have in zip(spacing, own, strict=True))
     scale = (z, y, x)
+    if max(scale) == 1:  # as coarse already: it cannot tell
+        return []
     if any(size < s for size, s in zip(array.shape, scale, strict=True)):
         return []
     fine, restored = down_and_up(array, scale, acquisition)

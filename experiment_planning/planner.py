@@ -200,7 +200,7 @@ class Planner:
         )
         if form.context != "none":
             axis = form.view_axis
-            depths = stack_depths(self.grid, axis, form.resolution)
+            depths = stack_depths(self.grid, axis, form.resolution, views=name in VIEWS)
             self.notes.add(
                 f"{name}.context_slices",
                 form.context_slices,

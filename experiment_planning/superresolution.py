@@ -33,7 +33,7 @@ ROUNDING = 1e-5  # spacings are kept to six digits
 AUTOMATIC_SCALE = 4.0  # the largest that is planned without being asked for
 SHOWN_SCALE = 6.0  # Dual-ArbNet trains and tests up to it and calls more out of distribution
 SMALLEST_ANY_SCALE = 1.5  # of an any-scale network (Dual-ArbNet's)
-PAYS_BELOW = 0.95  # C(s) from which on labels lose nothing that super-resolution could give back
+PAYS_BELOW = 0.95  # C from which on labels lose nothing that super-resolution could give back
 THICK = 3.0  # through-plane by in-plane spacing from which on a dataset counts as thick slices only
 TWICE = 2.0  # a case so many times as fine as the target domain can show what is missing there
 FINE_CASES, FINE_SHARE = 10, 0.2  # such cases that a training needs: so many, and this share of all
@@ -165,7 +165,7 @@ def choose_super_resolution(
 ) -> SuperResolution | None:
     """The super-resolution that the user or the dataset asks for; None where neither does.
 
-    `named`: a super-resolving configuration was asked for by its name, so scales up to 8 count and C(s) may be high.
+    `named`: a super-resolving configuration was asked for by its name, so scales up to 8 count and C may be high.
     Raises PlanError where what was asked for cannot be.
     """
     asked.check()
@@ -336,8 +336,8 @@ def _with_source(question: _Question, resolution: SuperResolution, because: str)
     paired = _label_scale(question)
     if all(paired[axis] >= scale[axis] * (1 - SNAP) for axis in scaled):
         return replace(resolution, source="paired"), because
-    enough = scaled == [0] and question.fine_cases(output[0] * TWICE)
-    if enough or all(data[axis] <= output[axis] * (1 + SNAP) for axis in scaled):
+    thin = bool(question.fine_cases(output[0] * TWICE))  # along the slices some cases may show what most do not
+    if all(data[axis] <= output[axis] * (1 + SNAP) or (axis == 0 and thin) for axis in scaled):
         return replace(resolution, acquisition=choose_acquisition(question.fingerprint.image_channels, scale)), because
     pixel = max(data[1:])
     if question.fingerprint.dimensions == 3 and scaled == [0] and pixel <= output[0] * SMALLEST_SCALE:

@@ -13,17 +13,20 @@ import math
 from dataclasses import replace
 
 from autoseg.errors import PredictionError
+from autoseg.executor import host_memory_bytes
 from autoseg.image import Image, Triple
 from autoseg.inference.grids import grid_between
 from autoseg.plan import Configuration, PreprocessingSettings, Vector
 from autoseg.preprocessing.case import WHOLE, CaseGeometry, find_geometry, fine_geometry
 from autoseg.preprocessing.framed import turned, turned_back
+from autoseg.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 SAME_SPACING = 0.01  # as a share: a spacing this close to another is meant to be the same
 THINNER = 1.3  # times as fine (or coarse) as planned: up to it a fixed scale splits every slice into equally many
 AXES = "zyx"
+BYTES_A_VOXEL = 8  # of an answer that is moved in the plane: an image, and labels or a probability
 
 
 def planned_scale(configuration: Configuration) -> Vector:
@@ -67,7 +70,7 @@ def output_geometry(
     _warn_of_thick_slices(configuration, geometry, factor)
     if configuration.sr_range is None:
         return _fixed_geometry(geometry, factor, planned_scale(configuration))
-    # the network is asked for no more than it can; the way to the file's grid interpolates what is missing
+    # rounding may give a voxel more than the network can be asked for; the way to the file's grid interpolates it
     limits = [math.floor(size * configuration.sr_range[1]) for size in geometry.network_shape]
     return _refined(configuration, geometry, factor, limits)
 
@@ -107,13 +110,13 @@ def _planned_factor(configuration: Configuration, geometry: CaseGeometry) -> Vec
 
 
 def _warn_of_thick_slices(configuration: Configuration, geometry: CaseGeometry, factor: Vector) -> None:
-    """Tell of an image so coarse that nothing like it was learned from; its answer is as much coarser."""
+    """Tell of an image so coarse that nothing like it was planned for; its answer is as much coarser."""
     scales, planned = planned_scale(configuration), configuration.input_preprocessing.spacing
     for scale, spacing, own, f in zip(scales, planned, geometry.turned.spacing, factor, strict=True):
-        highest = configuration.sr_range[1] if configuration.sr_range is not None else scale
-        if scale > 1 and spacing is not None and own > THINNER * spacing * highest / scale:
+        highest, more = (scale, THINNER) if configuration.sr_range is None else (configuration.sr_range[1], 1.01)
+        if scale > 1 and spacing is not None and own > more * spacing * highest / scale:
             log.warning(
-                "Slices of %.4g mm are thicker than the %.4g mm that configuration %s learned from: it answers on "
+                "Slices of %.4g mm are thicker than the %.4g mm that configuration %s was planned for: it answers on "
                 "%.4g mm; do not rely on it.", own, spacing * highest / scale, configuration.name, own / f,
             )  # fmt: skip
 
@@ -162,6 +165,12 @@ def asked_plane(configuration: Configuration, geometry: CaseGeometry, output_spa
     fine = fine_geometry(geometry, (z, y, x))
     voxels = (last - first for first, last in fine.crop)
     z, y, x = (n if m else size for m, n, size in zip(moved, voxels, geometry.network_shape, strict=True))
+    size, limit = BYTES_A_VOXEL * math.prod(fine.original.shape), host_memory_bytes()
+    if size > limit:
+        raise PredictionError(
+            f"The output spacing asks for {'x'.join(map(str, fine.original.shape))} voxels, at least "
+            f"{format_bytes(size)} where this machine has {format_bytes(limit)}; ask for a coarser one."
+        )
     return replace(fine, network_shape=(z, y, x))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autoseg.inference.grids import SMALLEST, bring_logits
+from autoseg.inference.sliding_window import MAX_RAM_BYTES
 from autoseg.preprocessing.case import CaseGeometry
 
 PLANE_BYTES = 2**26  # what is converted to float32 at a time
@@ -51,6 +52,7 @@ def average_on_one_grid(
     regions: bool,
     target: CaseGeometry | None = None,
     weights: Iterable[float] | None = None,
+    max_ram_bytes: int = MAX_RAM_BYTES,
 ) -> tuple[Tensor, CaseGeometry]:
     """The mean of members that answer on grids of their own: logits (K, Z, Y, X) and the geometry they lie on.
 
@@ -65,10 +67,8 @@ def average_on_one_grid(
     asked = target or first[1]
 
     def brought() -> Iterator[Tensor]:
-        assert first is not None
-        yield bring_logits(*first, asked, regions=regions)
-        for logits, geometry in waiting:
-            yield bring_logits(logits, geometry, asked, regions=regions)
+        for logits, geometry in itertools.chain([first], waiting):
+            yield bring_logits(logits, geometry, asked, regions=regions, max_ram_bytes=max_ram_bytes)
 
     return average_logits(brought(), regions=regions, weights=weights), asked
 

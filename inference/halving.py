@@ -20,6 +20,7 @@ FORK_SHARE = 0.25
 """Of a fold's training that the first rung gives to everybody. A fork spends half of it on a decay that is thrown away,
 an eighth of a fold; a second fork, at half of a fold, would throw away another quarter of each survivor's fold, as much
 as it saves where every second one is dropped there. So whole folds are the further rungs: nothing of them is lost."""
+LEAST_GROWTH = 1.25  # a training that goes on from a fork is at least so many times as long as that was
 LEAST_CASES = 6  # below, even differences that all have one sign happen by chance more often than once in 20 times
 LEARNED_DICE = 0.3
 """Mean Dice that the best of some forks must have: networks that have learned next to nothing differ beyond noise too,

@@ -335,6 +335,7 @@ class Model:
                 regions=self.plan.labels.has_regions,
                 target=geometry,
                 weights=[self.weight, *(partner.weight for partner in self.partners)],
+                max_ram_bytes=settings.max_ram_bytes,
             )
             own = CaseAnswer(NetworkAnswer(logits, own.answer.image), geometry)
         if output_spacing is None:

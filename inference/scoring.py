@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoseg.errors import PredictionError
-from autoseg.geometry import corner_distance, extent_distance
+from autoseg.geometry import HALF_A_VOXEL, corner_distance, extent_distance
 from autoseg.image import Grid, Image, read_image
 from autoseg.labels import Labels
 from autoseg.metrics import IMAGE_METRICS, score_images, score_masks
 
 GRID_TOLERANCE = 0.5  # voxels (the smaller ones) by which corners may be apart; beyond it the files show other places
-ROUNDING = 0.01  # the same of what files round: a grid of a scale that is no whole number may be just half a voxel off
 
 Scores = dict[str, dict[str, float]]  # class -> metric -> score
 ImageScores = dict[str, float]  # metric -> score
@@ -110,7 +109,7 @@ def _on_grid_of(reference: Image, prediction: Image, pair: Pair, *, labels: bool
 
     turned, wanted = turn_like(prediction, reference.grid), reference.grid
     apart = max(extent_distance(turned.grid, wanted), extent_distance(wanted, turned.grid))
-    if apart > GRID_TOLERANCE + ROUNDING:
+    if apart > HALF_A_VOXEL:
         hint = "the origins are equal, where the outer faces should be; " if _is_at_origin(turned.grid, wanted) else ""
         raise PredictionError(
             f"Case {pair.case}: the prediction {pair.prediction} lies elsewhere in the world than its reference: their "

@@ -21,11 +21,14 @@ from numpy.typing import NDArray
 from autoseg.errors import AutosegError, DatasetError, StorageError
 from autoseg.executor import host_memory_bytes
 from autoseg.geometry import (
+    HALF_A_VOXEL,
     Box,
     box_shape,
     canonical_axes,
     crop_grid,
     extent_distance,
+    nearest_down,
+    nearest_up,
     nonzero_box,
     permute_grid,
     refine_grid,
@@ -47,7 +50,6 @@ from autoseg.units import format_bytes
 
 Shape = tuple[int, int, int]
 
-EXTENTS_AGREE_VOXELS = 0.5  # of the label: how far the outer corners of image and label may lie apart
 WHOLE = 1e-6  # voxels: what is this close to a whole number was meant to be one
 
 
@@ -256,8 +258,8 @@ def fine_geometry(geometry: CaseGeometry, scale: Vector) -> CaseGeometry:
         whole = turned[axis]
         # an axis that is reversed begins with the original's last face, which the refined grid may have moved
         moved = whole - geometry.turned.shape[axis] * scale[axis] if geometry.flips[axis] else 0.0
-        first = min(max(round(start * scale[axis] + moved), 0), whole - 1)
-        last = min(max(round(stop * scale[axis] + moved), first + 1), whole)
+        first = min(max(nearest_down(start * scale[axis] + moved), 0), whole - 1)
+        last = min(max(nearest_up(stop * scale[axis] + moved), first + 1), whole)
         crop.append((first, last))
         shape.append(max(1, math.floor((last - first) * geometry.network_shape[axis] / (stop - start) + WHOLE)))
     network_shape = (shape[0], shape[1], shape[2])
@@ -311,7 +313,7 @@ def _acquired(image: Image, geometry: CaseGeometry, acquire: Acquire | None) -> 
 
 
 def _covers_another_extent(label: Image, image: Image) -> bool:
-    return extent_distance(image.grid, label.grid) > EXTENTS_AGREE_VOXELS
+    return extent_distance(image.grid, label.grid) > HALF_A_VOXEL
 
 
 def _on_common_faces(box: Box, shape: Sequence[int], finer: Sequence[int]) -> Box:

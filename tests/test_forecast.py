@@ -20,7 +20,7 @@ from autoseg.contest import Contest, Task
 from autoseg.files import write_json
 from autoseg.forecast import Pace, Work, fold_seconds, tiles, ways
 from autoseg.inference.halving import FORK_SHARE
-from autoseg.inference.rungs import Contender, Rung, Standing
+from autoseg.inference.rungs import Contender, Length, Rung, Standing
 from autoseg.pipeline import Job, JobDone, run
 from autoseg.plan import Forecast, Plan, TrainingSettings
 from autoseg.stages import Planned
@@ -217,6 +217,26 @@ def test_the_agenda_names_every_task_with_what_it_waits_for(tmp_path):
     assert found.least_seconds < 0.75 * found.most_seconds
     lines = found.table().splitlines()
     assert len(lines) == len(items) + 2 and "2, 3" in lines[4] and " to " in lines[-1]
+
+
+def test_commands_of_what_was_begun_keep_its_time_and_bring_forks_to_that_of_a_whole_fold(tmp_path):
+    simulation = Simulation(tmp_path, plan_of(2), starting=5.0, predicting=10.0)
+    contest = Contest(simulation.plan, simulation.place, simulation.folds, timed=True)
+    fork = {"c0": Length(seconds=100.0), "c1": Length(seconds=10.0)}
+    Rung(0, simulation.plan.id, FORK_SHARE, ("0",), fork).save(simulation.place)
+    for name, fold, limit in (("c0", "0", 100.0), ("c1", "0", 10.0), ("c1", "1", 300.0)):
+        header = {
+            "format": RESUME_FORMAT, "plan": simulation.plan.id, "limits": {"steps": None, "seconds": limit},
+            "elapsed": 5.0, "finished": False, "cases": simulation.folds[int(fold)].id, "seed": 0,
+        }  # fmt: skip
+        folder = simulation.place.fold(name, fold)
+        folder.mkdir(parents=True)
+        save_tensors(folder / RESUME, {"step": torch.tensor(1)}, header)
+        save_tensors(folder / CHECKPOINT, {"step": torch.tensor(1)}, {"format": FORMAT})
+    lines = commands(contest, Path("D"), None, device="auto", seed=0)
+    assert "autoseg train-fold D c0 0 --continue --time 125s" in lines, "longer than its fork"
+    assert "autoseg train-fold D c1 0 --continue --time 60s" in lines, "the plan's time of a fold"
+    assert "autoseg train-fold D c1 1 --continue" in lines and "autoseg train-fold D c0 1" in lines
 
 
 def test_who_forks_a_few_steps_is_reckoned_with_a_whole_first_fold_and_not_dropped_before(tmp_path):

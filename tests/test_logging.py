@@ -305,7 +305,8 @@ def test_nothing_leaves_the_machine(tmp_path: Path, name: str) -> None:
 def test_several_machines_write_no_file_of_mlflow():
     require_reachable(Logs(("mlflow",)), 1)
     require_reachable(Logs(("tensorboard",)), 3)
-    require_reachable(Logs(("mlflow",), "http://10.0.0.1:5000"), 3)
-    for uri in (None, "sqlite:////disk/mlflow.db"):
+    for uri in ("http://10.0.0.1:5000", "postgresql://user@10.0.0.1/mlflow"):
+        require_reachable(Logs(("mlflow",), uri), 3)
+    for uri in (None, "sqlite:////disk/mlflow.db", "/disk/mlflow.db"):
         with pytest.raises(PlanError, match=r"3 machines cannot write one file, .*mlflow\.db; start `mlflow server`"):
             require_reachable(Logs(("mlflow",), uri), 3)

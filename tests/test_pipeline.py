@@ -35,6 +35,7 @@ from autoseg.inference.halving import LEAST_CASES
 from autoseg.inference.predictor import load_model
 from autoseg.inference.rungs import Length, Rung
 from autoseg.inference.selection import Selection
+from autoseg.locks import alone
 from autoseg.pipeline import find_folds, run
 from autoseg.plan import Plan, TrainingSettings
 from autoseg.preprocessing.store import Store
@@ -467,10 +468,14 @@ def test_a_dry_run_refuses_what_the_run_would(contested, tmp_path):
     assert CliRunner().invoke(app, [*words, "--dry-run"]).exit_code == 0
     unknown = tmp_path / "folds.json"
     unknown.write_text(json.dumps([{"train": ["case_00"], "val": ["nobody"]}]))
+    names = [case.identifier for case in RawDataset.load(contested).cases]
+    idle = tmp_path / "idle.json"
+    idle.write_text(json.dumps([{"train": names[1:], "val": names[:1]}, {"train": names, "val": []}]))
     for options, sentence in (
         (["--folds", str(unknown)], "nobody"),
         (["--group-by", str(tmp_path / "none.json")], "none.json"),
         (["--executor", "cluster"], "--executor"),
+        (["--folds", str(idle)], "fold 1 holds out no case"),
     ):
         for shown in ("--dry-run", "--print-commands"):
             refused = CliRunner().invoke(app, [*words, shown, *options])
@@ -498,3 +503,23 @@ def test_the_licence_stays_until_another_is_given_and_other_seeds_are_told(datas
     assert "--seed" not in caplog.text
     run(dataset, workspace=tmp_path / "ws", device="cpu", seed=5)
     assert "--seed 5 holds for the folds that are left" in caplog.text and "3d_fullres, fold 0 (seed 0)" in caplog.text
+
+
+def test_a_dry_run_beside_a_run_changes_nothing_and_is_not_in_its_way(contested, tmp_path):
+    words = ["run", str(contested), "--workspace", str(tmp_path / "ws"), "--workers", "1", "--device", "cpu"]
+    assert CliRunner().invoke(app, [*words, "--dry-run"]).exit_code == 0
+    place = Workspace.of(contested, tmp_path / "ws")
+    edited = place.plan.read_text() + "\n"  # by hand
+    place.plan.write_text(edited)
+    with alone(place.lock, what="a run"):
+        shown = CliRunner().invoke(app, [*words, "--dry-run", "--gpu-memory", "4GB"])
+        assert shown.exit_code == 0 and "choose, export, report" in shown.stdout, shown.output
+        assert CliRunner().invoke(app, [*words, "--print-commands"]).exit_code == 2, "that one keeps what it plans"
+    assert place.plan.read_text() == edited
+
+
+def test_a_training_that_was_begun_with_another_seed_is_refused_before_anything_is_trained(contested, tmp_path):
+    steps = itertools.count()
+    run(contested, workspace=tmp_path / "ws", device="cpu", steps=8, stop=lambda: next(steps) > 2)
+    with pytest.raises(PlanError, match=r"fold_0: this training was begun with --seed 0, now it is 3"):
+        run(contested, workspace=tmp_path / "ws", device="cpu", steps=8, seed=3, stop=lambda: True)

@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_forecast import Simulation, plan_of
 from test_pipeline import two_candidates, two_folds, weights
 
 import autoseg.experiment_planning.planner as planner
+from autoseg import pipeline
+from autoseg.contest import Contest
 from autoseg.executor import LocalExecutor, Needs
-from autoseg.pipeline import run
+from autoseg.forecast import Pace
+from autoseg.pipeline import Job, run
 from autoseg.workspace import Workspace
 
 
@@ -42,3 +46,18 @@ def test_folds_that_are_trained_at_the_same_time_become_what_they_become_one_aft
     one, two = (weights(Workspace.of(root, tmp_path / name)) for name in ("one", "two"))
     assert one and one.keys() == two.keys()
     assert not [name for name in one if not np.array_equal(one[name], two[name])]
+
+
+def test_a_fold_with_a_gpu_of_its_own_has_processes_that_prepare_its_patches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    simulation = Simulation(tmp_path, plan_of(1), starting=5.0, predicting=10.0)
+    contest = Contest(simulation.plan, simulation.place, simulation.folds, steps=30)
+    form = Job(tmp_path, tmp_path, "", "")
+    for gpus, device in ((1, "cuda"), (0, "cpu")):
+        needs = Needs(pipeline.CORES_BESIDE_GPU, gpus)
+        monkeypatch.setattr(pipeline, "needs_of", lambda *_, needs=needs: needs)
+        monkeypatch.setattr(LocalExecutor, "places", lambda *_, device=device: (f"{device}:0", f"{device}:1"))
+        jobs = pipeline._next_jobs(form, contest.round(), contest, Pace(simulation.plan), None, LocalExecutor())
+        assert [job.device for job in jobs] == [f"{device}:0", f"{device}:1"]
+        assert {job.loaders for job in jobs} == ({4} if gpus else {0}), "of a CPU the cores are for the network"

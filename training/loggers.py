@@ -72,8 +72,9 @@ def asked_logs(names: Sequence[str], mlflow_uri: str | None = None) -> Logs:
 
 def require_reachable(logs: Logs, machines: int) -> None:
     """Raises PlanError where several machines would write MLflow's store into a file, which only one can."""
-    server = re.match("https?://", logs.mlflow_uri or "")
-    if machines > 1 and "mlflow" in logs.names and not server:
+    uri = logs.mlflow_uri or ""
+    file = "://" not in uri or uri.startswith(("sqlite:", "file:"))
+    if machines > 1 and "mlflow" in logs.names and file:
         raise PlanError(
             f"--log mlflow: {machines} machines cannot write one file, {logs.mlflow_uri or MLFLOW_STORE}; start "
             "`mlflow server` on one of them and give its address, such as --mlflow-uri http://10.0.0.1:5000."

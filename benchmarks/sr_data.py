@@ -128,6 +128,7 @@ def write_dataset(
 # the dataset of each arm: what a network is trained on
 DATASETS: dict[str, Callable[[HighCase, Degradation], tuple[str, Array, Array, Grid]]] = {
     "high": lambda case, _: (case.name, case.image, case.label, case.grid),
+    "whole": lambda case, _: (case.name, case.image, case.label, case.grid),
     "low": lambda case, d: (case.name, d.low(case).image, d.low(case).label, d.low(case).grid),
     "interpolated": lambda case, d: (case.name, cubic(d.low(case).image, case.image.shape), case.label, case.grid),
 }

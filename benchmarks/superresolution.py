@@ -97,7 +97,8 @@ class Run:
         root = self.folder / kind / self.source.name
         if (root / "dataset.json").exists():
             return root
-        made = [DATASETS[kind](case, self.degradation) for case in self.high()]
+        cases = self.cases if kind == "whole" else self.high()
+        made = [DATASETS[kind](case, self.degradation) for case in cases]
         return write_dataset(root, self.source, made)
 
 
@@ -256,11 +257,7 @@ def with_head(head: str) -> Callable[[Run], list[Scored]]:
 
 def arm_d_any(run: Run) -> list[Scored]:
     """Joint, one network for all scales."""
-    dataset = write_dataset(
-        run.folder / "whole" / run.source.name,
-        run.source,
-        [(case.name, case.image, case.label, case.grid) for case in run.cases],
-    )
+    dataset = run.write("whole")
     largest = replace(run, degradation=Degradation(run.degradation.axis, max(run.scales)))
     trained = train(run, dataset, "3d_sr_any", *_input(largest))
     spacing = ["--output-spacing", _text(run.cases[0].grid.spacing)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autoseg.contest import Contest, Task
 from autoseg.forecast import Pace
-from autoseg.inference.halving import FORK_SHARE, LEAST_GROWTH
+from autoseg.inference.halving import FORK_SHARE
 from autoseg.inference.rungs import Contender, Length
 from autoseg.training.loggers import NO_LOGS, Logs
 from autoseg.units import format_seconds
@@ -192,8 +192,7 @@ def _length_options(contest: Contest, task: Task) -> list[str]:
         return _steps_options(contest)
     if not contest.is_fork(task):
         return ["--continue"]
-    whole, fork = contest.length(task.configuration), contest.fork_length(task)
+    whole = contest.length(task.configuration)
     if whole.seconds is None:
         return ["--continue", "--steps", f"{whole.steps}"]
-    least = LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
-    return ["--continue", "--time", f"{max(whole.seconds, least):g}s"]
+    return ["--continue", "--time", f"{max(whole.seconds, contest.least_seconds(task)):g}s"]

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from autoseg.screen import Screen
     from autoseg.training.loop import Progress
 
-NO_LICENCE = "not stated"
 SCREEN: ContextVar[Screen] = ContextVar("screen")  # of the command that runs, made from its -v and --quiet
 
 app = typer.Typer(
@@ -680,8 +679,9 @@ def export(
         typer.Option("--folds", metavar="K,L", help="Only these folds. [default: all that are finished]"),
     ] = None,
     licence: Annotated[
-        str, typer.Option("--licence", metavar="TEXT", help="The terms under which the weights may be used.")
-    ] = NO_LICENCE,
+        Optional[str],  # noqa: UP045
+        typer.Option("--licence", metavar="TEXT", help="The terms under which the weights may be used."),
+    ] = None,
     workspace: WorkspaceOption = None,
     device: DeviceOption = "auto",
     verbose: VerboseOption = 0,
@@ -694,6 +694,7 @@ def export(
       autoseg export data/Dataset004_Hippocampus hippocampus.zip --licence "CC-BY-SA 4.0"
       autoseg export data/Dataset004_Hippocampus hippocampus_onnx --onnx
     """
+    from autoseg.inference.package import NO_LICENCE
     from autoseg.stages import load_plan, trained_configuration
 
     plan, place = load_plan(dataset, workspace)
@@ -704,7 +705,7 @@ def export(
         from autoseg.inference.onnx import export_onnx as write
     else:
         from autoseg.inference.package import export_model as write
-    SCREEN.get().say(f"{write(place, name, output, folds=chosen, licence=licence)}")
+    SCREEN.get().say(f"{write(place, name, output, folds=chosen, licence=licence or NO_LICENCE)}")
     return DONE
 
 

@@ -20,7 +20,7 @@ from autoseg.dataset import RawDataset
 from autoseg.errors import PlanError
 from autoseg.files import read_json
 from autoseg.forecast import Pace, Work
-from autoseg.inference.halving import FORK_SHARE, LEAST_CASES, LEAST_STEPS, judge
+from autoseg.inference.halving import FORK_SHARE, LEAST_CASES, LEAST_GROWTH, LEAST_STEPS, judge
 from autoseg.inference.rungs import RUNGS, Contender, Length, Rung, find_contenders, read_rung
 from autoseg.plan import Plan
 from autoseg.stages import is_of_split
@@ -201,6 +201,11 @@ class Contest:
         """How long the task's fork is trained; None where it has none."""
         begun = read_rung(0, self.plan, self.place) if task.fold == "0" else None
         return None if begun is None else begun.lengths.get(task.configuration)
+
+    def least_seconds(self, task: Task) -> float:
+        """Seconds that a whole fold trains at least, where it goes on from a fork; else 0."""
+        fork = self.fork_length(task)
+        return LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
 
     def is_after_fork(self, task: Task) -> bool:
         """Whether a fold goes on from a fork, there is one already or not."""

@@ -407,10 +407,8 @@ def _job(one: Job, task: Task, now: Round, contest: Contest, pace: Pace, left: f
     if left is None:
         length = contest.length(task.configuration)
         return replace(job, steps=length.steps, seconds=length.seconds, before=fork)
-    from autoseg.inference.halving import LEAST_GROWTH
-
-    least = LEAST_GROWTH * fork.seconds if fork is not None and fork.seconds else 0.0
-    return replace(job, seconds=max(_fold_time(contest, pace, left, at_once=at_once), least), before=fork)
+    seconds = max(_fold_time(contest, pace, left, at_once=at_once), contest.least_seconds(task))
+    return replace(job, seconds=seconds, before=fork)
 
 
 def _take_note(done: JobDone, contest: Contest, pace: Pace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,28 @@ from measure import Measurement, measure
 AUTOSEG = [sys.executable, "-m", "autoseg"]
 PACE = "seconds_per_step.json"
 PACE_SECONDS = 15.0  # of training that time a step
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step, as they were timed, in a file."""
+
+    path: Path
+
+    @property
+    def known(self) -> list[float]:
+        """One for each time that it was timed."""
+        return json.loads(self.path.read_text()) if self.path.exists() else []
+
+    def add(self, seconds: float) -> None:
+        """Keep another."""
+        self.path.write_text(json.dumps([*self.known, seconds]))
+
+    def of(self, time_steps: Callable[[], None]) -> float:
+        """The median of what was timed, which is done now if it was not."""
+        if not self.known:
+            time_steps()
+        return median(self.known)
 
 
 @dataclass(frozen=True)
@@ -63,14 +85,12 @@ class Training:
         )
         shutil.rmtree(self.folder)
         (step, began), (last, ended) = seen[len(seen) // 3], seen[-1]
-        self._paces.write_text(json.dumps([*self._known(), (ended - began) / (last - step)]))
+        self._pace.add((ended - began) / (last - step))
 
     @property
     def pace(self) -> float:
-        """Seconds of a step: the median of what was timed, which is done now if it was not."""
-        if not self._known():
-            self.time_steps()
-        return median(self._known())
+        """Seconds of a step."""
+        return self._pace.of(self.time_steps)
 
     def train(self, seconds: float, seed: int, *, steps: int | None = None) -> tuple[int, Measurement]:
         """Train anew for the steps that `seconds` allow, or for `steps`; how many, and what the command took."""
@@ -81,12 +101,9 @@ class Training:
     def _train(self, *options: str) -> Measurement:
         return measure([*AUTOSEG, "train-fold", self.dataset, self.configuration, self.fold, *options, *self._common])
 
-    def _known(self) -> list[float]:
-        return json.loads(self._paces.read_text()) if self._paces.exists() else []
-
     @property
-    def _paces(self) -> Path:
-        return self.root / f"{self.configuration}_{PACE}"
+    def _pace(self) -> Pace:
+        return Pace(self.root / f"{self.configuration}_{PACE}")
 
     @property
     def _common(self) -> list[str]:

@@ -8,15 +8,12 @@ schedule and prediction, and a loss of its own. Used by superresolution.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import median
 
 import torch
-from paced import PACE, PACE_SECONDS, Training
+from paced import PACE, PACE_SECONDS, Pace, Training
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,10 +85,8 @@ class SoftTraining:
 
     @property
     def pace(self) -> float:
-        """Seconds of a step: the median of what was timed, which is done now if it was not."""
-        if not self._known():
-            self.time_steps()
-        return median(self._known())
+        """Seconds of a step."""
+        return self._pace.of(self.time_steps)
 
     def time_steps(self) -> None:
         """Add the seconds of a step, after the first third of a short training, to what is known."""
@@ -103,14 +98,11 @@ class SoftTraining:
 
         self._steps(10**6, stop=note)
         late = ends[len(ends) // 3 :]
-        self._paces.write_text(json.dumps([*self._known(), (late[-1] - late[0]) / (len(late) - 1)]))
-
-    def _known(self) -> list[float]:
-        return json.loads(self._paces.read_text()) if self._paces.exists() else []
+        self._pace.add((late[-1] - late[0]) / (len(late) - 1))
 
     @property
-    def _paces(self) -> Path:
-        return self.low.root / f"soft_{PACE}"
+    def _pace(self) -> Pace:
+        return Pace(self.low.root / f"soft_{PACE}")
 
     def _steps(self, steps: int, *, stop: Callable[[], bool] = lambda: False) -> nn.Module:
         plan, fine = (Plan.load(training.root / "plan.json") for training in (self.low, self.high))

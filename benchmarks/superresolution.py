@@ -18,7 +18,9 @@ thin grid, on the part of each case that the thick slices cover. Arms:
     D-any  one network for any scale (3d_sr_any), trained once and scored at every one of --scales
     E      the thin slices themselves: the upper bound
     image  super-resolution without labels
-    self   only thick slices and their labels are there: learned in the plane (2d_sr)
+    self   only thick slices and their labels are there: labels through the forward model, the image in the plane
+           (3d_sr)
+    self-2d  the same by one network of slices (2d_sr)
 
 The budget is time on a quiet machine, and every arm gets the steps that it takes in it: `--pace` plans each arm and
 times its steps (several calls: the median), with nothing else on the machine; the trainings that follow with the same

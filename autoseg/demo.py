@@ -103,9 +103,10 @@ def run_demo(
 ) -> DemoOutcome:
     """From raw files to scored predictions and pictures of them, with the functions that the commands call.
 
-    Trains one fold for `seconds`, or for STEPS: about a minute of a laptop, and whatever else that does meanwhile, the
-    model is as good. `on_part` is told what begins, `on_step` where the training stands. Raises
-    StorageError where `folder` is in use, because nothing that is there shall be lost.
+    Trains one fold for `seconds`, or for STEPS: about a minute of a laptop, longer where that does something else
+    meanwhile. The network is sized by steps that are timed in planning, so a machine that is busy then gets a narrower
+    one. `on_part` is told what begins, `on_step` where the training stands. Raises StorageError where `folder` is in
+    use, because nothing that is there shall be lost.
     """
     from autoseg.inference.crossval import draw_predictions
     from autoseg.inference.evaluation import evaluate_folders
